@@ -1,0 +1,31 @@
+"""tfaccel: faster, smaller, deployable Keras 3 models on TensorFlow, in an ordinary `model.fit`."""
+
+from tfaccel.accelerator import Accelerator
+from tfaccel.export.benchmark import Latency, benchmark_tflite
+from tfaccel.export.callback import ExportTFLite
+from tfaccel.export.compare import Parity, compare
+from tfaccel.export.errors import ExportError
+from tfaccel.export.scoring import Score
+from tfaccel.export.tflite import TFLiteFile, export_tflite
+from tfaccel.fit.learning_rate import OneCycle, WarmupCosine
+from tfaccel.fit.throughput import Throughput
+from tfaccel.prepare.devices import Devices
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accelerator",
+    "Devices",
+    "ExportError",
+    "ExportTFLite",
+    "Latency",
+    "OneCycle",
+    "Parity",
+    "Score",
+    "TFLiteFile",
+    "Throughput",
+    "WarmupCosine",
+    "benchmark_tflite",
+    "compare",
+    "export_tflite",
+]

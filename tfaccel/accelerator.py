@@ -1,0 +1,172 @@
+"""`Accelerator`: looks at the machine once and says what makes `compile` and `fit` faster on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfaccel.keras_fixes import built_outside
+from tfaccel.prepare.choice import Choice
+from tfaccel.prepare.devices import Devices
+from tfaccel.prepare.execution import choose_jit, choose_kernels, choose_steps_per_execution
+from tfaccel.prepare.inputs import make_dataset
+from tfaccel.prepare.precision import choose_precision
+from tfaccel.prepare.strategy import choose_strategy, is_distributed
+
+
+class Accelerator:
+    """Chooses strategy, precision, XLA and steps per execution for this machine, and explains each.
+
+    Use it around the construction of a model; `model.compile` and `model.fit` stay yours. Making one
+    takes milliseconds: the choices come from the hardware and from published measurements, not from
+    runs of your model.
+
+    Args:
+        strategy: `"auto"`, `"one_device"`, `"mirrored"`, `"multi_worker"`, `"tpu"`, or a
+            `tf.distribute.Strategy` object. Default `"auto"`.
+        precision: `"auto"`, the name of a Keras dtype policy (`"float32"`, `"mixed_bfloat16"`,
+            `"mixed_float16"`, `"bfloat16"`, `"float16"`, `"float64"`) or a `keras.DTypePolicy`.
+            Default `"auto"`.
+        jit: `"auto"`, True or False: whether steps are compiled by XLA. Default `"auto"`.
+        kernels: `"auto"` or `"plain"`. `"plain"` is Keras's own step, bit for bit. Default `"auto"`.
+        steps_per_execution: `"auto"`, or how many steps one call into TensorFlow runs. Batch hooks of
+            callbacks fire once per call. Default `"auto"`.
+
+    Raises:
+        ValueError: Unknown name, or a choice that this machine can't carry out.
+
+    Example:
+        >>> accelerator = Accelerator("one_device", "float32")
+        >>> with accelerator.scope():
+        ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        ...     model.compile("adam", "mse", **accelerator.compile_options())
+        >>> history = model.fit(accelerator.dataset(np.ones((8, 4)), np.ones((8, 2))), verbose=0)
+
+    Reference:
+        The tables in `tfaccel.prepare.strategy` and `tfaccel.prepare.precision` give each rule and
+        where it comes from.
+    """
+
+    def __init__(
+        self,
+        strategy: str | tf.distribute.Strategy = "auto",
+        precision: str | keras.DTypePolicy = "auto",
+        jit: str | bool = "auto",
+        kernels: str = "auto",
+        *,
+        steps_per_execution: str | int = "auto",
+    ):
+        if keras.backend.backend() != "tensorflow":
+            raise ValueError(
+                f"Keras runs on {keras.backend.backend()!r}. Allowed: the TensorFlow backend. Set "
+                "KERAS_BACKEND=tensorflow before keras is imported."
+            )
+        self.devices = Devices.find()
+        # The cheap checks come first: making a strategy may start TensorFlow's runtime.
+        self._kernels = choose_kernels(kernels)
+        self._precision = choose_precision(precision, self.devices)
+        self._strategy = choose_strategy(strategy, self.devices)
+        self._jit = choose_jit(jit, self.devices, self.strategy)
+        self._steps = choose_steps_per_execution(steps_per_execution, kernels, self.strategy)
+
+    @property
+    def strategy(self) -> tf.distribute.Strategy:
+        """The strategy; TensorFlow's default (no-op) strategy where one device is used."""
+        return self._strategy.value
+
+    @property
+    def precision(self) -> keras.DTypePolicy:
+        """The dtype policy that layers built in `scope()` get."""
+        return self._precision.value
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[Accelerator]:
+        """Build and compile the model in here.
+
+        Enters the strategy's scope, sets the dtype policy and installs what `tfaccel.keras_fixes`
+        heals. All of it is undone on leaving, also when an exception leaves. May be entered again.
+
+        Raises:
+            ValueError: From `model.compile`, for a model that was built outside.
+        """
+        previous = keras.config.dtype_policy()
+        with contextlib.ExitStack() as stack:
+            stack.callback(keras.config.set_dtype_policy, previous)
+            if is_distributed(self.strategy):
+                stack.enter_context(self.strategy.scope())
+            keras.config.set_dtype_policy(self.precision)
+            stack.enter_context(built_outside.refuse_at_compile(self.strategy, self.precision))
+            yield self
+
+    def dataset(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+    ) -> Any:
+        """The fastest input for `fit` with the same samples in the same batches.
+
+        Args:
+            x: Arrays of shape `(samples, ...)`, nested or not; a tuple `(x, y)` when `y` is left
+                out; a batched `tf.data.Dataset`; a `keras.utils.PyDataset`; a generator of batches.
+            y: Targets, for arrays only.
+            sample_weight: Weights of the samples, for arrays only.
+            batch_size: Samples a batch over all replicas, for arrays only; default 32, as in `fit`.
+            shuffle: For arrays only: a new order every epoch. Other data keep their own order.
+
+        Returns:
+            A `tf.data.Dataset` (a `PyDataset` comes back as it is). The last, partial batch is kept.
+
+        Raises:
+            ValueError: Empty or malformed data, or an argument that this kind of data can't take.
+        """
+        return make_dataset(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle)
+
+    def compile_options(self) -> dict[str, Any]:
+        """Keyword arguments for `model.compile`: `jit_compile` and `steps_per_execution`."""
+        return {"jit_compile": self._jit.value, "steps_per_execution": self._steps.value}
+
+    def choices(self) -> dict[str, Choice]:
+        """Every choice by its name, each with its value and reason."""
+        return {
+            "strategy": self._strategy,
+            "precision": self._precision,
+            "jit": self._jit,
+            "kernels": self._kernels,
+            "steps_per_execution": self._steps,
+        }
+
+    def show(self, name: str) -> str:
+        """The value of the choice `name`, for a person."""
+        return _show(self.choices()[name].value)
+
+    def __str__(self) -> str:
+        """The machine and every choice with its reason, a line each."""
+        rows = [(name, self.show(name), choice.reason) for name, choice in self.choices().items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+        return "\n".join([str(self.devices), *lines])
+
+    def __repr__(self) -> str:
+        """The call that makes the same choices again."""
+        values = {name: choice.value for name, choice in self.choices().items()}
+        values["precision"] = self.precision.name
+        if not is_distributed(self.strategy):
+            values["strategy"] = "one_device"
+        shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        return f"Accelerator({shown})"
+
+
+def _show(value: object) -> str:
+    if isinstance(value, tf.distribute.Strategy):
+        if not is_distributed(value):
+            return "one_device"
+        return f"{type(value).__name__} × {value.num_replicas_in_sync}"
+    return value.name if isinstance(value, keras.DTypePolicy) else str(value)

@@ -1,0 +1,162 @@
+"""The command line: a subcommand parses, calls one library function and returns an exit code.
+
+Exit codes: 0 done, 1 an export that was refused, 2 bad arguments or data, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+
+import tfaccel
+from tfaccel import terminal
+from tfaccel.demo.images import load_images
+from tfaccel.demo.run import run_demo
+from tfaccel.export.recipes import RECIPES
+from tfaccel.prepare import execution, precision, strategy
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        arguments: The command line without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        The exit code.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"tfaccel {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except (tfaccel.ExportError, OSError) as error:
+        print(f"tfaccel {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"tfaccel {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands."""
+    top = argparse.ArgumentParser(prog="tfaccel", description=tfaccel.__doc__)
+    top.add_argument("--version", action="version", version=tfaccel.__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _add(commands, "devices", run_devices, "show what this machine has")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    command = _add(commands, "plan", run_plan, "show what Accelerator() chooses here, and why")
+    command.add_argument("--strategy", default="auto", choices=strategy.NAMES)
+    command.add_argument("--precision", default="auto", choices=precision.NAMES)
+    command.add_argument("--jit", default="auto", choices=("auto", "on", "off"))
+    command.add_argument("--kernels", default="auto", choices=execution.KERNELS)
+
+    command = _add(commands, "demo", run_demo_command, "train plain and accelerated, then export")
+    command.add_argument("--data", metavar="FILE.npz", help="x_train, y_train, x_test, y_test")
+    command.add_argument("--output", metavar="DIR", default="tfaccel-demo", help="default: %(default)s")
+    command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+    command = _add(commands, "export", run_export, "convert a saved Keras model to a checked TFLite file")
+    command.add_argument("model", help="a .keras file")
+    command.add_argument("path", help="the TFLite file to write")
+    command.add_argument("--recipe", default="float32", choices=tuple(RECIPES))
+    command.add_argument("--calibration", metavar="FILE.npz", help="samples x, and labels y if any")
+    command.add_argument("--max-drop", type=float, help="allowed drop of accuracy, 0..1")
+
+    command = _add(commands, "compare", run_compare, "measure a TFLite file against its Keras model")
+    command.add_argument("model", help="a .keras file")
+    command.add_argument("path", help="a TFLite file")
+    command.add_argument("samples", metavar="FILE.npz", help="samples x")
+
+    command = _add(commands, "bench", run_bench, "time a TFLite file on one sample")
+    command.add_argument("path", help="a TFLite file")
+    command.add_argument("--runs", type=int, default=200)
+    command.add_argument("--threads", type=int, default=1)
+    return top
+
+
+def _add(commands, name, run, text) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def run_devices(options: argparse.Namespace) -> int:
+    """`tfaccel devices`."""
+    devices = tfaccel.Devices.find()
+    print(json.dumps(vars(devices)) if options.json else devices)
+    return 0
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """`tfaccel plan`."""
+    jit = {"auto": "auto", "on": True, "off": False}[options.jit]
+    accelerator = tfaccel.Accelerator(options.strategy, options.precision, jit, options.kernels)
+    terminal.print_plan(accelerator)
+    return 0
+
+
+def run_demo_command(options: argparse.Namespace) -> int:
+    """`tfaccel demo`."""
+    data = load_images(options.data)
+    with terminal.DemoProgress() as progress:
+        result = run_demo(data, options.output, report=progress.report)
+    if options.json:
+        print(json.dumps(result.figures))
+    else:
+        terminal.print_demo(result, options.output)
+    return 0 if result.finished else 130
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """`tfaccel export`."""
+    calibration = _read_samples(options.calibration) if options.calibration else None
+    model = _load_model(options.model)
+    print(
+        tfaccel.export_tflite(
+            model,
+            options.path,
+            options.recipe,
+            calibration=calibration,
+            max_drop=options.max_drop,
+        )
+    )
+    return 0
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """`tfaccel compare`."""
+    samples = _read_samples(options.samples)
+    print(tfaccel.compare(_load_model(options.model), options.path, samples))
+    return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """`tfaccel bench`."""
+    print(tfaccel.benchmark_tflite(options.path, runs=options.runs, num_threads=options.threads))
+    return 0
+
+
+def _load_model(path: str) -> keras.Model:
+    return keras.models.load_model(path, compile=False)
+
+
+def _read_samples(path: str) -> tuple:
+    """`(x,)` or `(x, y)` of a `.npz` file; `x_test` and `y_test` where it has no `x`."""
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    for x, y in (("x", "y"), ("x_test", "y_test")):
+        if x in arrays:
+            return (arrays[x], arrays[y]) if y in arrays else (arrays[x],)
+    raise ValueError(
+        f"{path} has {', '.join(arrays) or 'no arrays'}. Allowed: an array x (and y), or x_test (and "
+        "y_test). Write it with np.savez(path, x=..., y=...)."
+    )

@@ -1,0 +1,124 @@
+"""Real samples for calibration, comparison and scoring, out of whatever form the user's data has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Some rows of data, one array per model input.
+
+    Args:
+        inputs: Arrays of shape `(rows, ...)`, flat, in the order of the model's inputs.
+        labels: Array of shape `(rows, ...)`, or None where the data has none.
+        made_up: True where no data was given and the rows are random numbers.
+    """
+
+    inputs: tuple[np.ndarray, ...]
+    labels: np.ndarray | None = None
+    made_up: bool = False
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+    def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
+        """The inputs, `batch_size` rows at a time; the last batch may be smaller."""
+        for start in range(0, len(self), batch_size):
+            yield tuple(array[start : start + batch_size] for array in self.inputs)
+
+
+def collect_samples(data: Any, specs: list[tf.TensorSpec], limit: int | None, *, argument: str) -> Samples:
+    """Takes up to `limit` rows of `data` and checks them against the model's inputs.
+
+    Args:
+        data: Arrays (a list or dict for several inputs), `(x, y)`, a `tf.data.Dataset` of batches or
+            of single samples, with or without labels, or a `keras.utils.PyDataset`.
+        specs: The model's inputs.
+        limit: Rows to take; None takes all.
+        argument: The name of the user's argument, for the error text.
+
+    Raises:
+        ValueError: No rows, or rows that the model can't take.
+    """
+    inputs: list[tuple[np.ndarray, ...]] = []
+    labels: list[Any] = []
+    rows = 0
+    for batch in _batches(data, specs, limit):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        arrays = tuple(np.asarray(leaf) for leaf in keras.tree.flatten(x))
+        _check_batch(arrays, specs, argument)
+        inputs.append(arrays)
+        labels.append(y)
+        rows += len(arrays[0])
+        if limit is not None and rows >= limit:
+            break
+    if rows == 0:
+        raise ValueError(
+            f"{argument} holds no samples. Allowed: at least one. Some hundred real ones are usual; "
+            "check the dataset, or that a generator was not read before."
+        )
+    merged = tuple(
+        np.concatenate(column)[:limit].astype(spec.dtype.as_numpy_dtype, copy=False)
+        for column, spec in zip(zip(*inputs, strict=True), specs, strict=True)
+    )
+    single = all(hasattr(y, "shape") for y in labels)
+    return Samples(merged, np.concatenate([np.asarray(y) for y in labels])[:limit] if single else None)
+
+
+def make_up_samples(specs: list[tf.TensorSpec], rows: int = 16) -> Samples:
+    """Random rows for a comparison without data: normal for floats, 0 and 1 for integers."""
+    generator = np.random.default_rng(0)
+    inputs = []
+    for spec in specs:
+        # A length that the model leaves open can be anything; 16 is short and more than one.
+        shape = (rows, *(16 if size is None else size for size in spec.shape[1:]))
+        if spec.dtype.is_floating:
+            inputs.append(generator.standard_normal(shape).astype(spec.dtype.as_numpy_dtype))
+        else:
+            inputs.append(generator.integers(0, 2, shape).astype(spec.dtype.as_numpy_dtype))
+    return Samples(tuple(inputs), made_up=True)
+
+
+def _batches(data: Any, specs: list[tf.TensorSpec], limit: int | None) -> Iterator[Any]:
+    if isinstance(data, tf.data.Dataset):
+        spec = keras.tree.flatten(data.element_spec)[0]
+        # A single sample has one axis less than the model's input, which has the batch axis.
+        single = spec.shape.rank is not None and spec.shape.rank == specs[0].shape.rank - 1
+        yield from (data.batch(64) if single else data).as_numpy_iterator()
+    elif isinstance(data, keras.utils.PyDataset):
+        yield from (data[index] for index in range(len(data)))
+    elif isinstance(data, tuple | list | dict) or hasattr(data, "__array__"):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        yield keras.tree.map_structure(lambda array: np.asarray(array[:limit]), (x, y), none_is_leaf=False)
+    else:
+        raise ValueError(
+            f"{type(data).__name__} is not data that samples can be taken from. Allowed: arrays, "
+            "(x, y), tf.data.Dataset, keras.utils.PyDataset. Turn a generator into a dataset."
+        )
+
+
+def _check_batch(arrays: tuple[np.ndarray, ...], specs: list[tf.TensorSpec], argument: str) -> None:
+    if len(arrays) != len(specs):
+        raise ValueError(
+            f"{argument} has {len(arrays)} inputs, the model {len(specs)}. Allowed: one array per "
+            "model input. Labels go beside them: (x, y)."
+        )
+    for array, spec in zip(arrays, specs, strict=True):
+        if not spec.shape[1:].is_compatible_with(array.shape[1:]) or array.ndim != spec.shape.rank:
+            raise ValueError(
+                f"{argument} has samples of shape {array.shape[1:]}, the model's input "
+                f"{spec.name!r} takes {tuple(spec.shape[1:])}. Allowed: that shape behind a sample "
+                "axis. Reshape or resize as the training data was."
+            )
+        if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+            raise ValueError(
+                f"{argument} has dtype {array.dtype}, the model's input {spec.name!r} is "
+                f"{spec.dtype.name}. Allowed: numbers. Preprocess it as the training data was."
+            )

@@ -1,0 +1,103 @@
+"""One score for model and file on the same labelled data: what `max_drop` is held against."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfaccel.export.interpreter import TFLiteRunner
+from tfaccel.export.samples import Samples, collect_samples
+from tfaccel.export.serving import ServingFunction
+
+Predict = Callable[[Samples], dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Two scores, higher is better.
+
+    Args:
+        model: The Keras model's.
+        file: The file's.
+        samples: How many samples they were measured on; None where the user's function did it.
+    """
+
+    model: float
+    file: float
+    samples: int | None = None
+
+    @property
+    def drop(self) -> float:
+        """How much lower the file's score is; negative where it is higher."""
+        return self.model - self.file
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        rows = "" if self.samples is None else f" on {self.samples} samples"
+        return f"score {self.model:.4f} (model) → {self.file:.4f} (file){rows}"
+
+
+def measure_scores(serving: ServingFunction, runner: TFLiteRunner, evaluate: Any, calibration: Any) -> Score:
+    """Scores model and file with the user's function, or by accuracy on labelled data.
+
+    Args:
+        serving: The model.
+        runner: The file.
+        evaluate: A function of `predict`, labelled data, or None to take `calibration`.
+        calibration: Labelled data for that case.
+
+    Raises:
+        ValueError: No labels, or outputs that accuracy does not apply to.
+    """
+    names = [spec.name for spec in serving.specs]
+
+    def predict_file(samples: Samples) -> dict[str, np.ndarray]:
+        return runner.predict(samples, names)
+
+    if callable(evaluate) and not isinstance(evaluate, keras.utils.PyDataset):
+        roads = (_for_user(serving.predict, serving), _for_user(predict_file, serving))
+        return Score(*(float(evaluate(road)) for road in roads))
+    data, argument = (calibration, "calibration") if evaluate is None else (evaluate, "evaluate")
+    samples = collect_samples(data, serving.specs, None, argument=argument)
+    if samples.labels is None:
+        raise ValueError(
+            f"{argument} has no labels to score with. Allowed: (x, y), a dataset of (x, y), or a "
+            "function. Pass evaluate=(x_test, y_test)."
+        )
+    scores = []
+    for predict in (serving.predict, predict_file):
+        outputs = list(predict(samples).values())
+        scores.append(accuracy(samples.labels, outputs))
+    return Score(scores[0], scores[1], len(samples))
+
+
+def _for_user(predict: Predict, serving: ServingFunction) -> Callable:
+    """`predict` as the user's function sees it: arrays in, outputs out, in the model's structure."""
+
+    def predict_arrays(x: Any) -> Any:
+        samples = collect_samples(x, serving.specs, None, argument="predict's argument")
+        outputs = list(predict(samples).values())
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return predict_arrays
+
+
+def accuracy(labels: np.ndarray, outputs: list[np.ndarray]) -> float:
+    """Share (0..1) of samples whose largest output is the label (class index or one-hot).
+
+    Raises:
+        ValueError: More than one output, or outputs that are not one score per class.
+    """
+    if len(outputs) != 1 or outputs[0].ndim != 2 or outputs[0].shape[1] < 2:
+        shapes = [output.shape[1:] for output in outputs]
+        raise ValueError(
+            f"Accuracy does not apply to outputs of shape {shapes}. Allowed: one output with a score "
+            "per class. Pass evaluate=function, which is given predict and returns a score."
+        )
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        labels = labels.argmax(-1)
+    return float(np.mean(outputs[0].argmax(-1) == labels.reshape(-1)))

@@ -1,0 +1,1 @@
+"""What is slow upstream: one file per kernel. Empty in this version."""

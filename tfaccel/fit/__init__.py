@@ -1,0 +1,1 @@
+"""Inside `model.fit`: one technique, one file; pure functions first, the Keras callback below."""

@@ -1,0 +1,94 @@
+"""The one place that drives an optimizer's learning rate and momentum inside the compiled step.
+
+`optimizer.apply` runs inside the step, once per update, after loss scaling has decided that there is
+one. Wrapping it on the user's own optimizer object lets a value be computed from
+`optimizer.iterations` and assigned to the learning-rate *variable*, which stays what it was: a variable
+that is saved, restored, logged by TensorBoard and serialised as a plain number. A compiled-in
+`LearningRateSchedule` would replace that variable, and a file saved meanwhile would need tfaccel to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Curve = Callable[[Any], Any]
+
+
+def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """The optimizer that updates weights: itself, or what loss scaling wraps."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.inner_optimizer
+    return optimizer
+
+
+def momentum_name(optimizer: keras.optimizers.Optimizer) -> str | None:
+    """The attribute that plays momentum's part: `beta_1`, `momentum`, or None."""
+    if isinstance(getattr(optimizer, "beta_1", None), float):
+        return "beta_1"
+    if isinstance(optimizer, keras.optimizers.SGD) and optimizer.momentum > 0:
+        return "momentum"
+    return None
+
+
+def drive(
+    optimizer: keras.optimizers.Optimizer,
+    learning_rate: Curve,
+    momentum: Curve | None,
+    start: int,
+) -> Callable[[], None]:
+    """Makes each update use `learning_rate(step)` and `momentum(step)`; gives back the undo.
+
+    Args:
+        optimizer: With a learning-rate variable; not a `LossScaleOptimizer`.
+        learning_rate: From the step (scalar float32 tensor) to the learning rate.
+        momentum: The same for momentum, or None to leave it alone.
+        start: The value of `optimizer.iterations` that counts as step 0.
+    """
+    original = optimizer.apply
+    resting_learning_rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+    name = momentum_name(optimizer) if momentum is not None else None
+    resting_momentum = getattr(optimizer, name) if name else None
+
+    def apply(grads: Any, trainable_variables: Any = None) -> Any:
+        step = tf.cast(optimizer.iterations, tf.float32) - float(start)
+        variable = optimizer.learning_rate
+        variable.assign(tf.cast(learning_rate(step), variable.dtype))
+        if name is None:
+            return original(grads, trainable_variables)
+        setattr(optimizer, name, _as_attribute(name, momentum(step), resting_momentum))
+        try:
+            return original(grads, trainable_variables)
+        finally:
+            setattr(optimizer, name, resting_momentum)
+
+    def undo() -> None:
+        del optimizer.apply
+        optimizer.learning_rate = resting_learning_rate
+
+    optimizer.apply = apply
+    return undo
+
+
+def _as_attribute(name: str, value: tf.Tensor, resting: float) -> Any:
+    if name == "beta_1":
+        return value
+    return _Momentum(value, resting)
+
+
+class _Momentum(float):
+    """A tensor that Python's `momentum != 0` in `SGD.update_step` can still be asked.
+
+    TensorFlow converts it by `__tf_tensor__`, so the arithmetic uses the tensor.
+    """
+
+    def __new__(cls, value: tf.Tensor, resting: float) -> _Momentum:
+        self = super().__new__(cls, resting)
+        self.value = value
+        return self
+
+    def __tf_tensor__(self, dtype: tf.DType | None = None, name: str | None = None) -> tf.Tensor:
+        return self.value if dtype is None else tf.cast(self.value, dtype)

@@ -1,0 +1,162 @@
+"""What every learning-rate callback shares: counting the run, attaching, logging, detaching.
+
+A base class, against the house rule, because the four hooks belong together: an attach in one copy and
+a forgotten detach in another is the bug that this file rules out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfaccel.fit._optimizer import Curve, drive, inner_optimizer, momentum_name
+from tfaccel.fit._session import Attachment
+from tfaccel.keras_fixes.callback_siblings import siblings
+
+WRITERS = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
+
+
+class ScheduleCallback(keras.callbacks.Callback):
+    """Drives the learning rate along a curve of the run's progress.
+
+    Args:
+        warmup: Where the peak lies, as a fraction of the run; or None.
+        warmup_epochs: The same in epochs; or None.
+        default_warmup: The fraction where both are None.
+        steps_per_epoch: Batches an epoch, for data of unknown length; or None to ask `fit`.
+    """
+
+    def __init__(
+        self,
+        max_learning_rate: float,
+        warmup: float | None,
+        warmup_epochs: float | None,
+        default_warmup: float,
+        fractions: tuple[float, float],
+        steps_per_epoch: int | None,
+    ):
+        super().__init__()
+        _check(max_learning_rate, warmup, warmup_epochs, fractions, steps_per_epoch)
+        self.max_learning_rate = float(max_learning_rate)
+        if warmup is None and warmup_epochs is None:
+            warmup = default_warmup
+        self.warmup = warmup
+        self.warmup_epochs = warmup_epochs
+        self.initial_fraction, self.final_fraction = fractions
+        self.steps_per_epoch = steps_per_epoch
+        self._attachment: Attachment | None = None
+
+    def learning_rate_at(self, progress: Any, warmup: float) -> Any:
+        """The learning rate at `progress` (0..1) of a run whose peak lies at `warmup`."""
+        raise NotImplementedError
+
+    def momentum_at(self, progress: Any, warmup: float) -> Any:
+        """The momentum at `progress`; None leaves the optimizer's own."""
+        return None
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Checks, before the first step, that the schedule can be followed to the end."""
+        self._attachment = None
+        check_optimizer(self)
+        check_siblings(self)
+        self._updates_per_epoch()
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Attaches in the first epoch, whose number is not 0 where a run is resumed."""
+        if self._attachment is not None:
+            return
+        per_epoch = self._updates_per_epoch()
+        epochs = self.params["epochs"]
+        last_step = max(int(per_epoch * epochs) - 1, 1)
+        warmup = self.warmup
+        if warmup is None:
+            warmup = min(self.warmup_epochs / epochs, 1.0)
+        optimizer = inner_optimizer(self.model.optimizer)
+        iterations = int(keras.ops.convert_to_numpy(optimizer.iterations))
+
+        def along(curve: Curve) -> Curve:
+            return lambda step: curve(tf.clip_by_value(step / last_step, 0.0, 1.0), warmup)
+
+        has_momentum = self.momentum_at(tf.constant(0.0), warmup) is not None
+        undo = drive(
+            optimizer,
+            along(self.learning_rate_at),
+            along(self.momentum_at) if has_momentum and momentum_name(optimizer) else None,
+            start=iterations - int(per_epoch * epoch),
+        )
+        self._attachment = Attachment(self.model, undo)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes `learning_rate`, that of the last update, into the logs."""
+        if logs is not None:
+            rate = inner_optimizer(self.model.optimizer).learning_rate
+            logs["learning_rate"] = float(keras.ops.convert_to_numpy(rate))
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Gives the optimizer its own learning rate and momentum back."""
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
+
+    def _updates_per_epoch(self) -> float:
+        """Optimizer updates in an epoch; a fraction where accumulation spans the epoch's end."""
+        batches = self.steps_per_epoch or self.params.get("steps")
+        if not batches:
+            raise ValueError(
+                f"{type(self).__name__} can't tell how long this fit will be: the data has no known "
+                "length. Allowed: arrays, a PyDataset, a dataset of known cardinality. Pass "
+                "steps_per_epoch to fit() or to the callback, or apply "
+                "tf.data.experimental.assert_cardinality(batches) to the dataset."
+            )
+        optimizer = inner_optimizer(self.model.optimizer)
+        return batches / (optimizer.gradient_accumulation_steps or 1)
+
+
+def check_optimizer(callback: keras.callbacks.Callback) -> None:
+    """Raises ValueError where the optimizer has no learning-rate variable to drive."""
+    optimizer = inner_optimizer(callback.model.optimizer)
+    # With a LearningRateSchedule, Keras gives back a tensor computed for this moment.
+    if not isinstance(optimizer.learning_rate, keras.Variable):
+        raise ValueError(
+            f"{type(callback).__name__} can't set the learning rate: the optimizer was compiled with a "
+            f"schedule of its own. Allowed: a number. Compile with "
+            f"{type(optimizer).__name__}(learning_rate=1e-3), and let one of the two decide."
+        )
+
+
+def check_siblings(callback: keras.callbacks.Callback) -> None:
+    """Raises ValueError where another callback of this fit also sets the learning rate."""
+    for other in siblings(callback):
+        if other is not callback and isinstance(other, (*WRITERS, ScheduleCallback)):
+            raise ValueError(
+                f"{type(callback).__name__} and {type(other).__name__} both set the learning rate. "
+                "Allowed: one of them in a fit. Remove the other from callbacks."
+            )
+
+
+def _check(
+    max_learning_rate: float,
+    warmup: float | None,
+    warmup_epochs: float | None,
+    fractions: tuple[float, float],
+    steps_per_epoch: int | None,
+) -> None:
+    if not max_learning_rate > 0:
+        _refuse("max_learning_rate", max_learning_rate, "a number > 0", "Try 1e-2 with Adam.")
+    if warmup is not None and warmup_epochs is not None:
+        _refuse("warmup", warmup, "warmup or warmup_epochs, not both", "Leave one of them out.")
+    if warmup is not None and not 0 <= warmup <= 1:
+        _refuse("warmup", warmup, "a fraction of the run, 0..1", "For epochs use warmup_epochs.")
+    if warmup_epochs is not None and warmup_epochs < 0:
+        _refuse("warmup_epochs", warmup_epochs, "a number ≥ 0", "Use 0 for no warmup.")
+    for name, value in zip(("initial_fraction", "final_fraction"), fractions, strict=True):
+        if not 0 <= value <= 1:
+            _refuse(name, value, "a fraction of max_learning_rate, 0..1", "1 keeps it constant.")
+    if steps_per_epoch is not None and steps_per_epoch < 1:
+        _refuse("steps_per_epoch", steps_per_epoch, "an integer ≥ 1", "Leave it out to ask fit.")
+
+
+def _refuse(name: str, given: object, allowed: str, remedy: str) -> None:
+    raise ValueError(f"{name}={given!r} is not usable. Allowed: {allowed}. {remedy}")

@@ -1,0 +1,87 @@
+"""The one place that attaches to, chains with and detaches from a model's weights.
+
+`Variable.constraint` is the seam: Keras applies it inside the compiled step, right after the optimizer's
+update. So an update held there survives `steps_per_execution`, XLA, gradient accumulation, loss scaling
+and every strategy, and costs no Python per step. A constraint that the user set stays first in the chain.
+
+Two moments lie outside of the step, and the caller has to `reapply()` there: an optimizer with
+`use_ema=True` overwrites the weights at the end of `fit`, before `on_train_end`; and so does
+`EarlyStopping(restore_best_weights=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from tfaccel.fit._session import Attachment
+
+Update = Callable[[Any], Any]
+
+
+class WeightUpdates:
+    """Applies a function to each of some weights after every optimizer update, until detached.
+
+    Args:
+        model: A built model.
+        updates: Pairs of a `keras.Variable` of the model and a function from its new value to the
+            value that it is given instead (same shape and dtype; traceable by TensorFlow).
+
+    Raises:
+        ValueError: A variable is not a trainable variable of the model: no update would ever come.
+    """
+
+    def __init__(self, model: keras.Model, updates: Sequence[tuple[keras.Variable, Update]]):
+        trainable = {id(variable) for variable in model.trainable_variables}
+        for variable, _ in updates:
+            if id(variable) not in trainable:
+                raise ValueError(
+                    f"{variable.path} is not a trainable variable of {model.name!r}. Allowed: its "
+                    "trainable_variables. Build the model first, and unfreeze the layer."
+                )
+        self.model = model
+        self.updates = list(updates)
+        self._attachment: Attachment | None = None
+
+    def attach(self) -> None:
+        """From the next step on, and for the present values too."""
+        for variable, update in self.updates:
+            if not isinstance(variable.constraint, _Chain):
+                variable.constraint = _Chain(variable.constraint)
+            variable.constraint.updates.append(update)
+        self._attachment = Attachment(self.model, self._remove)
+        self.reapply()
+
+    def reapply(self) -> None:
+        """Applies the chain once, outside of a step."""
+        for variable, _ in self.updates:
+            if isinstance(variable.constraint, _Chain):
+                variable.assign(variable.constraint(variable))
+
+    def detach(self) -> None:
+        """Gives the variables their own constraints back; their values stay."""
+        if self._attachment is not None:
+            self._attachment.detach()
+
+    def _remove(self) -> None:
+        for variable, update in self.updates:
+            chain = variable.constraint
+            chain.updates.remove(update)
+            if not chain.updates:
+                variable.constraint = chain.own
+
+
+class _Chain(keras.constraints.Constraint):
+    """The user's constraint, then each update in the order in which they were attached."""
+
+    def __init__(self, own: Callable | None):
+        self.own = own
+        self.updates: list[Update] = []
+
+    def __call__(self, weight: Any) -> Any:
+        value = self.own(weight) if self.own is not None else keras.ops.convert_to_tensor(weight)
+        for update in self.updates:
+            value = update(value)
+        return value

@@ -1,0 +1,69 @@
+"""Keras compiles a model that was built outside of the scope it is compiled in.
+
+Under another dtype policy that is silent: the plan says mixed_bfloat16, the model trains in float32.
+Under another strategy it fails late, with a text that names internal classes
+(keras-team/keras#19246 and many like it).
+
+Smallest reproduction (Keras 3.15.1):
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model.compile("adam", "mse")
+    model.fit(x, y)      # RuntimeError: Need to be inside "with strategy.scope()" for ...
+
+The fix: while a scope is open, `keras.Model.compile` looks at the model first and refuses one that was
+built elsewhere, saying what to move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import keras
+import tensorflow as tf
+
+
+@contextlib.contextmanager
+def refuse_at_compile(strategy: tf.distribute.Strategy, policy: keras.DTypePolicy) -> Iterator[None]:
+    """Makes `compile` refuse models of another scope for as long as the block lasts."""
+    original = keras.Model.compile
+
+    @functools.wraps(original)
+    def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
+        check_built_inside(self, strategy, policy)
+        original(self, *args, **kwargs)
+
+    keras.Model.compile = compile
+    try:
+        yield
+    finally:
+        keras.Model.compile = original
+
+
+def check_built_inside(
+    model: keras.Model, strategy: tf.distribute.Strategy, policy: keras.DTypePolicy
+) -> None:
+    """Raises where `model` was built under another strategy, or no layer of it has the policy.
+
+    Raises:
+        ValueError: The model was built outside of the scope.
+    """
+    remedy = "Build (or load) the model inside `with accelerator.scope():`."
+    if model.distribute_strategy is not strategy:
+        raise ValueError(
+            f"{model.name!r} was built outside of this scope: it belongs to "
+            f"{type(model.distribute_strategy).__name__}, the scope to {type(strategy).__name__}. "
+            f"Allowed: one scope for building and compiling. {remedy}"
+        )
+    policies = {
+        layer.dtype_policy.name for layer in model._flatten_layers(include_self=False) if layer.weights
+    }
+    if policies and policy.name not in policies:
+        raise ValueError(
+            f"{model.name!r} was built outside of this scope, or loaded with a policy of its own: "
+            f"its layers compute under {', '.join(sorted(policies))}, the scope under {policy.name}. "
+            f"Allowed: one policy for both. {remedy} To keep the model as it is, pass "
+            f"precision={sorted(policies)[0]!r} to Accelerator."
+        )

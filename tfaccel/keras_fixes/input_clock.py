@@ -1,0 +1,102 @@
+"""`fit` gives a callback no view of its input: how long each step waited, how many examples it saw.
+
+Batch hooks see the whole step only. With `steps_per_execution` the waiting happens inside one compiled
+call, where Python can't look at all; so "is my run input bound?" can't be answered
+(tensorflow/tensorflow#61084, #43905, #31616).
+
+Smallest reproduction: no argument or attribute of `keras.callbacks.Callback` leads to the iterator of
+the running `fit`.
+
+The fix: a last stage in the input pipeline of the running `fit`. A pair of datasets is pulled in order:
+first a clock, then the batch; the stage then knows when the step asked and when it was answered. It
+counts inside TensorFlow, with no Python per step. `fit` holds its pipeline in the local variable
+`epoch_iterator`, which is found on the call stack from inside a hook.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+
+class Reading(NamedTuple):
+    """What the clock counted since `reset()`.
+
+    Args:
+        waited_s: Seconds the step waited for its input.
+        examples: Examples handed over.
+        batches: Batches handed over.
+        steady_at: Time (seconds since 1970) at which batch `skip` was asked for; 0 before that.
+    """
+
+    waited_s: float
+    examples: float
+    batches: float
+    steady_at: float
+
+
+class InputClock:
+    """Counts waiting time and examples in the input pipeline of one `fit`.
+
+    Args:
+        skip: Batches of the first execution, in which the step is traced and compiled.
+    """
+
+    def __init__(self, skip: int):
+        with tf.device("CPU:0"):
+            self._skip = tf.constant(float(skip), tf.float64)
+            self._totals = tf.Variable(tf.zeros([4], tf.float64), trainable=False)
+
+    def watch(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """The same dataset with the counting stage behind it."""
+        asked = tf.data.Dataset.counter().map(lambda _: tf.timestamp())
+
+        def hand_over(asked_at: tf.Tensor, batch: Any) -> Any:
+            leaf = next(leaf for leaf in tf.nest.flatten(batch) if leaf is not None)
+            examples = leaf.nrows() if isinstance(leaf, tf.RaggedTensor) else tf.shape(leaf)[0]
+            waited, seen, batches, steady_at = tf.unstack(self._totals)
+            self._totals.assign(
+                tf.stack(
+                    [
+                        waited + tf.timestamp() - asked_at,
+                        seen + tf.cast(examples, tf.float64),
+                        batches + 1.0,
+                        tf.where(batches == self._skip, asked_at, steady_at),
+                    ]
+                )
+            )
+            return batch
+
+        return tf.data.Dataset.zip(asked, dataset).map(hand_over)
+
+    def reset(self) -> None:
+        """Starts counting from zero."""
+        self._totals.assign(tf.zeros_like(self._totals))
+
+    def read(self) -> Reading:
+        """What was counted since `reset()`."""
+        return Reading(*map(float, self._totals.numpy()))
+
+
+def watch_running_fit(callback: keras.callbacks.Callback) -> InputClock | None:
+    """Puts a clock into the pipeline of the `fit` that called `callback`'s hook.
+
+    Call it from `on_train_begin`: the iterator is made after that. None where the pipeline can't be
+    watched (it is distributed over replicas), or where no `fit` is on the call stack.
+    """
+    frame = inspect.currentframe()
+    try:
+        while frame is not None and "epoch_iterator" not in frame.f_locals:
+            frame = frame.f_back
+        epoch_iterator = frame.f_locals["epoch_iterator"] if frame is not None else None
+    finally:
+        del frame
+    dataset = getattr(epoch_iterator, "_distributed_dataset", None)
+    if not isinstance(dataset, tf.data.Dataset):
+        return None
+    clock = InputClock(skip=callback.model.steps_per_execution)
+    epoch_iterator._distributed_dataset = clock.watch(dataset)
+    return clock

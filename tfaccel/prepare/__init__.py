@@ -1,0 +1,1 @@
+"""Before compile: what the machine is, and what is chosen for it."""

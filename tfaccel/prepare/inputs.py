@@ -1,0 +1,215 @@
+"""The input pipeline: whatever `model.fit` takes, as the fastest input that yields the same batches.
+
+| given | given back |
+|---|---|
+| arrays, tensors, data frames, nested | a `tf.data.Dataset` that cuts batches out of tensors in memory |
+| `tf.data.Dataset` | the same, prefetched; sharded by data where several workers read it |
+| a Python generator | a `tf.data.Dataset` that runs the generator ahead |
+| `keras.utils.PyDataset` | itself: Keras's loader (workers, order, `on_epoch_end`) is kept |
+| a distributed dataset | itself |
+
+Nothing is cached that the user did not cache: a pipeline may augment at random, and a cache would
+freeze the first epoch's draws. Floating-point arrays are cast to `keras.config.floatx()` batch by
+batch, as `fit` does, so a float64 array is not copied whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Generator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfaccel.keras_fixes import shuffle_warning
+from tfaccel.prepare.choice import refuse
+
+DEFAULT_BATCH_SIZE = 32  # what `fit` takes for arrays
+
+
+def make_dataset(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int | None = None,
+    shuffle: bool = True,
+) -> Any:
+    """Gives back the fastest input for `fit` that yields the same samples in the same batches.
+
+    Args:
+        x: Arrays (shape `(samples, ...)`, nested or not), `(x, y)` or `(x, y, sample_weight)` when
+            `y` is left out, a batched `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator
+            of batches.
+        y: Targets, for arrays only.
+        sample_weight: Weights of the samples, for arrays only.
+        batch_size: Samples a batch, for arrays only; default 32, as in `fit`. With several replicas
+            this is the global batch.
+        shuffle: For arrays only: draw a new order every epoch (from TensorFlow's global seed).
+
+    Raises:
+        ValueError: Empty data, arrays of different lengths or without a sample axis, or an argument
+            that this kind of data can't take.
+    """
+    shuffle_warning.silence()
+    if batch_size is not None and (
+        isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1
+    ):
+        raise refuse("batch_size", batch_size, "an integer ≥ 1", "Leave it out for 32.")
+    if not _is_array_like(x):
+        _refuse_array_arguments(x, y, sample_weight, batch_size)
+        return _prepare_stream(x)
+    if isinstance(x, tuple) and y is None:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
+    data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+    data = data if isinstance(data, tuple) else (data,)
+    data = keras.tree.map_structure(_as_array, data, none_is_leaf=False)
+    samples = _count_samples(data)
+    return slice_batches(data, samples, int(batch_size or DEFAULT_BATCH_SIZE), shuffle)
+
+
+def slice_batches(data: Any, samples: int, batch_size: int, shuffle: bool) -> tf.data.Dataset:
+    """Cuts batches out of arrays by slice, or by gather of a fresh permutation every epoch.
+
+    Args:
+        data: Nested arrays of `samples` rows each.
+        samples: Rows in each array.
+        batch_size: Rows a batch; the last batch holds what is left.
+        shuffle: Whether each pass draws a new order.
+
+    Returns:
+        A dataset of known length `ceil(samples / batch_size)`.
+    """
+    floatx = keras.config.floatx()
+    tensors = keras.tree.map_structure(tf.convert_to_tensor, data, none_is_leaf=False)
+    # Without a partial batch the batch size is static: XLA then compiles once.
+    static_size = batch_size if samples % batch_size == 0 else None
+
+    def cut(tensor: tf.Tensor, start: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
+        stop = tf.minimum(start + batch_size, samples)
+        batch = tf.gather(tensor, order[start:stop]) if shuffle else tensor[start:stop]
+        batch.set_shape([static_size, *tensor.shape[1:]])
+        return tf.cast(batch, floatx) if batch.dtype.is_floating else batch
+
+    def one_epoch(order: tf.Tensor) -> tf.data.Dataset:
+        starts = tf.data.Dataset.range(0, samples, batch_size)
+        return starts.map(
+            lambda start: keras.tree.map_structure(
+                lambda tensor: cut(tensor, start, order), tensors, none_is_leaf=False
+            ),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    def draw_order(_: tf.Tensor) -> tf.Tensor:
+        order = tf.range(samples, dtype=tf.int64)
+        return tf.random.shuffle(order) if shuffle else order
+
+    epochs = tf.data.Dataset.range(1).map(draw_order).prefetch(1)
+    batches = epochs.flat_map(one_epoch)
+    length = math.ceil(samples / batch_size)
+    # flat_map forgets the length; Keras, its progress bar and the schedules need it.
+    return _with_options(batches.apply(tf.data.experimental.assert_cardinality(length)))
+
+
+def _prepare_stream(x: Any) -> Any:
+    if isinstance(x, tf.data.Dataset):
+        if x.cardinality() == 0:
+            raise ValueError(
+                "The dataset is empty. Allowed: at least one batch. Check the files or filters it "
+                "is made from."
+            )
+        return _with_options(x)
+    if isinstance(x, keras.utils.PyDataset | tf.distribute.DistributedDataset):
+        return x
+    if inspect.isgenerator(x):
+        return _with_options(from_generator(x))
+    raise ValueError(
+        f"x={type(x).__name__} is not data that can be prepared. Allowed: arrays, tensors, data "
+        "frames, tf.data.Dataset, keras.utils.PyDataset, a generator. Python lists of numbers: "
+        "convert them with np.asarray."
+    )
+
+
+def from_generator(generator: Generator) -> tf.data.Dataset:
+    """Turns a generator of batches into a dataset; it is read once, as Keras reads it.
+
+    Raises:
+        ValueError: The generator yields nothing, or something else than nested arrays.
+    """
+    try:
+        first = next(generator)
+    except StopIteration:
+        raise ValueError(
+            "The generator is empty. Allowed: at least one batch. A generator can be read only "
+            "once: make a new one."
+        ) from None
+    if not isinstance(first, tuple):
+        first = (first,)
+
+    def to_spec(leaf: Any) -> tf.TensorSpec:
+        array = _as_array(leaf)
+        dtype = keras.config.floatx() if np.issubdtype(array.dtype, np.floating) else array.dtype
+        return tf.TensorSpec([None, *array.shape[1:]], dtype)
+
+    spec = keras.tree.map_structure(to_spec, first, none_is_leaf=False)
+    batches = itertools.chain([first], (b if isinstance(b, tuple) else (b,) for b in generator))
+    return tf.data.Dataset.from_generator(lambda: batches, output_signature=spec)
+
+
+def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    options = tf.data.Options()
+    policy = tf.data.experimental.AutoShardPolicy
+    # A policy that the user set stays. FILE, which AUTO may try, fails on data in memory.
+    if dataset.options().experimental_distribute.auto_shard_policy == policy.AUTO:
+        options.experimental_distribute.auto_shard_policy = policy.DATA
+    return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
+
+
+def _is_array_like(x: Any) -> bool:
+    leaves = keras.tree.flatten(x)
+    return bool(leaves) and all(
+        leaf is None or (hasattr(leaf, "shape") and hasattr(leaf, "__array__")) for leaf in leaves
+    )
+
+
+def _as_array(leaf: Any) -> Any:
+    if isinstance(leaf, tf.Tensor):
+        return leaf
+    array = np.asarray(leaf)
+    if array.dtype == object:
+        raise ValueError(
+            "An array has dtype object (rows of different lengths, or mixed types). Allowed: "
+            "numbers, booleans, strings in a regular shape. Pad the rows, or pass a tf.data.Dataset "
+            "of ragged tensors."
+        )
+    if array.ndim == 0:
+        raise ValueError(
+            "A scalar was given where an array belongs. Allowed: arrays of shape (samples, ...)."
+        )
+    return array
+
+
+def _count_samples(data: Any) -> int:
+    lengths = [int(array.shape[0]) for array in keras.tree.flatten(data) if array is not None]
+    if len(set(lengths)) != 1:
+        raise ValueError(
+            f"The arrays have different numbers of samples: {lengths}. Allowed: the same number in "
+            "x, y and sample_weight. Check how they were split."
+        )
+    if lengths[0] == 0:
+        raise ValueError("The arrays are empty. Allowed: at least one sample.")
+    return lengths[0]
+
+
+def _refuse_array_arguments(x: Any, y: Any, sample_weight: Any, batch_size: int | None) -> None:
+    given = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
+    extra = [name for name, value in given.items() if value is not None]
+    if extra:
+        raise ValueError(
+            f"{', '.join(extra)} can't be given beside {type(x).__name__} data. Allowed: arrays "
+            "only. The dataset yields its own (x, y) batches; batch it where it is made."
+        )

@@ -1,0 +1,201 @@
+"""Which `tf.distribute` strategy: one per machine shape, chosen without waiting for absent hardware.
+
+| found | strategy |
+|---|---|
+| `TF_CONFIG` with two or more workers | `MultiWorkerMirroredStrategy` |
+| a TPU that answers | `TPUStrategy` (untested on hardware) |
+| two or more GPUs | `MirroredStrategy` |
+| one GPU, or CPU only | none: TensorFlow's default strategy, which costs nothing |
+
+CPU cores are never mirrored on their own account: TensorFlow's kernels use all cores already, and a
+second replica made a step of a small MLP 2.5 times slower on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+
+import tensorflow as tf
+
+from tfaccel.prepare.choice import Choice, refuse
+from tfaccel.prepare.devices import Devices
+
+NAMES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+TPU_TIMEOUT_S = 60
+
+
+def choose_strategy(
+    requested: str | tf.distribute.Strategy,
+    devices: Devices,
+    *,
+    environment: Mapping[str, str] | None = None,
+    connect_tpu: Callable[[], tf.distribute.Strategy] | None = None,
+) -> Choice:
+    """Turns the `strategy` argument of `Accelerator` into a strategy and the reason for it.
+
+    Args:
+        requested: One of `NAMES`, or a strategy object, which is used as it is.
+        devices: What the machine has.
+        environment: Where `TF_CONFIG` is looked up; default `os.environ`.
+        connect_tpu: Makes the TPU strategy; default `connect_tpu_strategy`. Tests inject another.
+
+    Raises:
+        ValueError: Unknown name, malformed `TF_CONFIG`, or a named strategy that this machine
+            can't have.
+    """
+    environment = os.environ if environment is None else environment
+    connect_tpu = connect_tpu or connect_tpu_strategy
+    if isinstance(requested, tf.distribute.Strategy):
+        return _given(requested)
+    if requested not in NAMES:
+        raise refuse(
+            "strategy",
+            requested,
+            ", ".join(map(repr, NAMES)) + " or a tf.distribute.Strategy object",
+            'Leave it out ("auto") to have it chosen.',
+        )
+    if requested == "auto":
+        return _automatic(devices, environment, connect_tpu)
+    if requested == "one_device":
+        return Choice(default_strategy(), "you asked for one device", by_user=True)
+    if requested == "mirrored":
+        return Choice(_mirrored(devices), f"you asked for it; {devices.count} devices", by_user=True)
+    if requested == "multi_worker":
+        return _multi_worker(environment, devices)
+    return _named_tpu(devices, connect_tpu)
+
+
+def default_strategy() -> tf.distribute.Strategy:
+    """TensorFlow's own no-op strategy: entering its scope changes nothing."""
+    return tf.distribute.get_strategy()
+
+
+def is_distributed(strategy: tf.distribute.Strategy) -> bool:
+    """False for TensorFlow's default strategy, which stands for "none"."""
+    return type(strategy).__name__ != "_DefaultDistributionStrategy"
+
+
+def _given(strategy: tf.distribute.Strategy) -> Choice:
+    if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):
+        raise ValueError(
+            "strategy=ParameterServerStrategy can't drive model.fit: Keras 3 has no dataset that it "
+            "accepts. Allowed: any synchronous strategy. Use "
+            "tf.distribute.MultiWorkerMirroredStrategy, or a ClusterCoordinator loop of your own."
+        )
+    return Choice(strategy, "your own strategy object", by_user=True)
+
+
+def _automatic(
+    devices: Devices,
+    environment: Mapping[str, str],
+    connect_tpu: Callable[[], tf.distribute.Strategy],
+) -> Choice:
+    workers = number_of_workers(environment)
+    if workers > 1:
+        return Choice(_collective(devices), f"TF_CONFIG names {workers} workers")
+    if devices.kind == "tpu" or devices.tpu_environment:
+        try:
+            signs = ", ".join(devices.tpu_environment) or "listed by TensorFlow"
+            return Choice(connect_tpu(), f"a TPU answered ({signs})")
+        except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+            reason = f"one device: a TPU is named but did not answer ({str(error).splitlines()[0]})"
+            return Choice(default_strategy(), reason)
+    if devices.kind == "gpu" and devices.count > 1:
+        return Choice(_mirrored(devices), f"{devices.count} GPUs in this machine")
+    what = "one GPU" if devices.kind == "gpu" else "CPU only, whose kernels use every core already"
+    return Choice(default_strategy(), what)
+
+
+def _mirrored(devices: Devices) -> tf.distribute.Strategy:
+    logical = tf.config.list_logical_devices("GPU" if devices.kind == "gpu" else "CPU")
+    names = [device.name for device in logical]
+    if devices.kind == "gpu":
+        return tf.distribute.MirroredStrategy(names)
+    # The default all-reduce on CPU keeps global collective keys: a second strategy of another size
+    # in the same process then fails for good. Reducing to one device has no such state.
+    return tf.distribute.MirroredStrategy(names, cross_device_ops=tf.distribute.ReductionToOneDevice())
+
+
+def number_of_workers(environment: Mapping[str, str]) -> int:
+    """Workers (chief included) that `TF_CONFIG` names; 0 without `TF_CONFIG`.
+
+    Raises:
+        ValueError: `TF_CONFIG` is not JSON, or has no usable `cluster`.
+    """
+    text = environment.get("TF_CONFIG", "")
+    if not text.strip():
+        return 0
+    try:
+        cluster = json.loads(text).get("cluster", {})
+        return len(cluster.get("worker", [])) + len(cluster.get("chief", []))
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise refuse(
+            "TF_CONFIG",
+            text,
+            '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}',
+            f"Correct or unset the variable ({error}).",
+        ) from error
+
+
+def _multi_worker(environment: Mapping[str, str], devices: Devices) -> Choice:
+    if number_of_workers(environment) == 0:
+        raise ValueError(
+            'strategy="multi_worker" needs TF_CONFIG, which is not set. Allowed: TF_CONFIG with a '
+            '"cluster" of workers and this process\'s "task". Set it in each worker\'s environment, '
+            'or use strategy="auto".'
+        )
+    return Choice(_collective(devices), "you asked for it; TF_CONFIG is set", by_user=True)
+
+
+def _collective(devices: Devices) -> tf.distribute.Strategy:
+    implementation = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=implementation.NCCL if devices.kind == "gpu" else implementation.RING
+    )
+    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+
+
+def _named_tpu(devices: Devices, connect_tpu: Callable[[], tf.distribute.Strategy]) -> Choice:
+    if devices.kind != "tpu" and not devices.tpu_environment:
+        raise ValueError(
+            'strategy="tpu" was asked for, but no sign of a TPU was found (TPU_NAME, /dev/accel* with '
+            'libtpu). Allowed: "auto", "one_device", "mirrored", "multi_worker". Set TPU_NAME, or '
+            "pass a TPUStrategy that you made yourself."
+        )
+    return Choice(connect_tpu(), "you asked for a TPU and it answered", by_user=True)
+
+
+_TPU_PROBE = """
+import os, tensorflow as tf
+resolver = tf.distribute.cluster_resolver.TPUClusterResolver(os.environ.get("TPU_NAME") or "local")
+tf.config.experimental_connect_to_cluster(resolver)
+tf.tpu.experimental.initialize_tpu_system(resolver)
+"""
+
+
+def connect_tpu_strategy(timeout_s: float = TPU_TIMEOUT_S) -> tf.distribute.Strategy:
+    """Connects to the TPU of the environment, after a subprocess has shown that it answers.
+
+    An address that does not answer blocks TensorFlow's resolver for over 590 s with no time limit of
+    its own, so the first contact is made by a process that can be killed. Untested on hardware.
+
+    Raises:
+        RuntimeError: Nothing answered within `timeout_s` seconds, or TensorFlow refused.
+    """
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-c", _TPU_PROBE], capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"no answer within {timeout_s:.0f} s") from error
+    if probe.returncode != 0:
+        last_line = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(last_line[:200])
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(os.environ.get("TPU_NAME") or "local")
+    tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+    return tf.distribute.TPUStrategy(resolver)
