@@ -20,8 +20,8 @@ from datasets import load
 from tfaccel.demo.training import build_model, train_accelerated, train_plain
 
 SETTINGS = {
-    "fashion_mnist": {"epochs": 3, "batch_size": 64, "max_learning_rate": 5e-3},
-    "cifar10": {"epochs": 3, "batch_size": 128, "max_learning_rate": 1e-2},
+    "fashion_mnist": {"epochs": 4, "batch_size": 64, "max_learning_rate": 5e-3},
+    "cifar10": {"epochs": 4, "batch_size": 128, "max_learning_rate": 1e-2},
 }
 
 

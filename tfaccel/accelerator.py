@@ -9,13 +9,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfaccel.keras_fixes import built_outside
+from tfaccel.keras_fixes import compile_checks
+from tfaccel.keras_fixes.compile_checks import is_distributed
 from tfaccel.prepare.choice import Choice
 from tfaccel.prepare.devices import Devices
 from tfaccel.prepare.execution import choose_jit, choose_kernels, choose_steps_per_execution
 from tfaccel.prepare.inputs import make_dataset
 from tfaccel.prepare.precision import choose_precision
-from tfaccel.prepare.strategy import choose_strategy, is_distributed
+from tfaccel.prepare.strategy import choose_strategy
 
 
 class Accelerator:
@@ -99,7 +100,7 @@ class Accelerator:
             if is_distributed(self.strategy):
                 stack.enter_context(self.strategy.scope())
             keras.config.set_dtype_policy(self.precision)
-            stack.enter_context(built_outside.refuse_at_compile(self.strategy, self.precision))
+            stack.enter_context(compile_checks.refuse_at_compile(self.strategy, self.precision))
             yield self
 
     def dataset(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import zipfile
 
 import numpy as np
 
@@ -31,10 +32,11 @@ def load_images(path: str | os.PathLike | None = None) -> dict[str, np.ndarray]:
     source = pathlib.Path(path) if path is not None else sample_path()
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(source) as archive:
+        # numpy leaves a file open that it can't read, unless it is given one.
+        with open(source, "rb") as file, np.load(file) as archive:
             missing = [name for name in names if name not in archive.files]
             data = {name: archive[name] for name in names if name in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"--data {source} can't be read: {error}. Allowed: a .npz file as np.savez writes it."
         ) from error

@@ -95,7 +95,8 @@ def _batches(data: Any, specs: list[tf.TensorSpec], limit: int | None) -> Iterat
     elif isinstance(data, keras.utils.PyDataset):
         yield from (data[index] for index in range(len(data)))
     elif isinstance(data, tuple | list | dict) or hasattr(data, "__array__"):
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        # A list is several inputs; only a tuple is (x, y).
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data if isinstance(data, tuple) else (data,))
         yield keras.tree.map_structure(lambda array: np.asarray(array[:limit]), (x, y), none_is_leaf=False)
     else:
         raise ValueError(

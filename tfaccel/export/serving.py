@@ -61,20 +61,15 @@ class ServingFunction:
         where Keras's layers are tracked, "'NoneType' object is not callable".
         """
         module = tf.Module()
-        module.trainable_copies = _copies(self.model.trainable_variables)
-        module.other_copies = _copies(self.model.non_trainable_variables)
+        variables = self.model.trainable_variables + self.model.non_trainable_variables
+        module.copies = _copies(variables)
 
         def call(*flat: tf.Tensor) -> dict[str, tf.Tensor]:
-            inputs = keras.tree.pack_sequence_as(self.structure, list(flat))
+            values = [tf.convert_to_tensor(copy) for copy in module.copies]
+            mapping = list(zip(variables, values, strict=True))
             # A layer name may not stand at the root of the graph if it begins with an underscore.
-            with tf.name_scope("model"):
-                outputs, _ = self.model.stateless_call(
-                    [tf.convert_to_tensor(v) for v in module.trainable_copies],
-                    [tf.convert_to_tensor(v) for v in module.other_copies],
-                    inputs,
-                    training=False,
-                )
-            return _name_outputs(outputs)
+            with keras.StatelessScope(state_mapping=mapping), tf.name_scope("model"):
+                return self._call(*flat)
 
         concrete = tf.function(call, input_signature=self.specs).get_concrete_function()
         tf.saved_model.save(module, directory, signatures={"serving_default": concrete})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from tfaccel.keras_fixes.compile_checks import is_distributed
 from tfaccel.prepare.choice import Choice, refuse
 from tfaccel.prepare.devices import Devices
-from tfaccel.prepare.strategy import is_distributed
 
 KERNELS = ("auto", "plain")
 STEPS_PER_EXECUTION = 16
@@ -55,7 +55,7 @@ def choose_steps_per_execution(
             "steps_per_execution",
             requested,
             f'"auto" or 1 with {replicas} replicas',
-            "Keras 3 fails there at the first step (keras-team/keras#19246).",
+            "Keras 3 fails there at the first step, with TensorFlow's default all-reduce (keras-team/keras#19246).",
         )
     return Choice(requested, "you asked for it", by_user=True)
 

@@ -11,6 +11,9 @@
 Nothing is cached that the user did not cache: a pipeline may augment at random, and a cache would
 freeze the first epoch's draws. Floating-point arrays are cast to `keras.config.floatx()` batch by
 batch, as `fit` does, so a float64 array is not copied whole.
+
+One difference from `fit(x, y)` is on purpose: every epoch has a new order, also after
+`keras.utils.set_random_seed`. Keras 3.15 then repeats the first epoch's order for the whole run.
 """
 
 from __future__ import annotations
@@ -104,15 +107,24 @@ def slice_batches(data: Any, samples: int, batch_size: int, shuffle: bool) -> tf
             num_parallel_calls=tf.data.AUTOTUNE,
         )
 
-    def draw_order(_: tf.Tensor) -> tf.Tensor:
-        order = tf.range(samples, dtype=tf.int64)
-        return tf.random.shuffle(order) if shuffle else order
-
-    epochs = tf.data.Dataset.range(1).map(draw_order).prefetch(1)
-    batches = epochs.flat_map(one_epoch)
+    batches = orders(samples, shuffle).flat_map(one_epoch)
     length = math.ceil(samples / batch_size)
     # flat_map forgets the length; Keras, its progress bar and the schedules need it.
     return _with_options(batches.apply(tf.data.experimental.assert_cardinality(length)))
+
+
+def orders(samples: int, shuffle: bool) -> tf.data.Dataset:
+    """A dataset of one element: the order of the samples, drawn anew on every pass.
+
+    Not `tf.random.shuffle` inside `map`, as Keras's own pipeline for arrays has it: with a global seed
+    (`keras.utils.set_random_seed`) its random state begins again with every pass, and every epoch gets
+    the same order. A canary in the tests shows it.
+    """
+    if not shuffle:
+        return tf.data.Dataset.from_tensors(tf.range(samples, dtype=tf.int64))
+    seeds = tf.data.Dataset.random(rerandomize_each_iteration=True).batch(2).take(1)
+    order = tf.range(samples, dtype=tf.int64)
+    return seeds.map(lambda seed: tf.random.experimental.stateless_shuffle(order, seed)).prefetch(1)
 
 
 def _prepare_stream(x: Any) -> Any:
@@ -171,7 +183,8 @@ def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def _is_array_like(x: Any) -> bool:
     leaves = keras.tree.flatten(x)
-    return bool(leaves) and all(
+    some = any(leaf is not None for leaf in leaves)
+    return some and all(
         leaf is None or (hasattr(leaf, "shape") and hasattr(leaf, "__array__")) for leaf in leaves
     )
 

@@ -63,7 +63,8 @@ def choose_strategy(
     if requested == "one_device":
         return Choice(default_strategy(), "you asked for one device", by_user=True)
     if requested == "mirrored":
-        return Choice(_mirrored(devices), f"you asked for it; {devices.count} devices", by_user=True)
+        mirrored = _mirrored(devices)
+        return Choice(mirrored, f"you asked for it; {mirrored.num_replicas_in_sync} devices", by_user=True)
     if requested == "multi_worker":
         return _multi_worker(environment, devices)
     return _named_tpu(devices, connect_tpu)
@@ -72,11 +73,6 @@ def choose_strategy(
 def default_strategy() -> tf.distribute.Strategy:
     """TensorFlow's own no-op strategy: entering its scope changes nothing."""
     return tf.distribute.get_strategy()
-
-
-def is_distributed(strategy: tf.distribute.Strategy) -> bool:
-    """False for TensorFlow's default strategy, which stands for "none"."""
-    return type(strategy).__name__ != "_DefaultDistributionStrategy"
 
 
 def _given(strategy: tf.distribute.Strategy) -> Choice:

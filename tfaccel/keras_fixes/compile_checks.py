@@ -34,6 +34,7 @@ def refuse_at_compile(strategy: tf.distribute.Strategy, policy: keras.DTypePolic
     def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
         check_built_inside(self, strategy, policy)
         original(self, *args, **kwargs)
+        check_optimizer(self.optimizer, strategy)
 
     keras.Model.compile = compile
     try:
@@ -51,10 +52,12 @@ def check_built_inside(
         ValueError: The model was built outside of the scope.
     """
     remedy = "Build (or load) the model inside `with accelerator.scope():`."
-    if model.distribute_strategy is not strategy:
+    # `model.distribute_strategy` answers with the present scope where the model has none.
+    own = model._distribute_strategy
+    if (own or strategy) is not strategy or (own is None and is_distributed(strategy)):
         raise ValueError(
             f"{model.name!r} was built outside of this scope: it belongs to "
-            f"{type(model.distribute_strategy).__name__}, the scope to {type(strategy).__name__}. "
+            f"{type(own).__name__ if own else 'no strategy'}, the scope to {type(strategy).__name__}. "
             f"Allowed: one scope for building and compiling. {remedy}"
         )
     policies = {
@@ -67,3 +70,31 @@ def check_built_inside(
             f"Allowed: one policy for both. {remedy} To keep the model as it is, pass "
             f"precision={sorted(policies)[0]!r} to Accelerator."
         )
+
+
+def is_distributed(strategy: tf.distribute.Strategy) -> bool:
+    """False for TensorFlow's default strategy, which stands for "none"."""
+    return type(strategy).__name__ != "_DefaultDistributionStrategy"
+
+
+def check_optimizer(optimizer: keras.optimizers.Optimizer | None, strategy: tf.distribute.Strategy) -> None:
+    """Raises where Keras can't run the optimizer under the strategy, which it finds out in step one.
+
+    Both options branch inside the update, and TensorFlow allows no `merge_call` in a branch
+    (keras-team/keras#20582).
+
+    Raises:
+        ValueError: Gradient accumulation or a regular EMA overwrite under tf.distribute.
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if inner is None or not is_distributed(strategy):
+        return
+    for option in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+        value = getattr(inner, option, None)
+        if value:
+            raise ValueError(
+                f"{option}={value} can't be combined with {type(strategy).__name__}: Keras 3 fails at "
+                f"the first step (merge_call in a branch, keras-team/keras#20582). Allowed: None with "
+                f"{strategy.num_replicas_in_sync} replicas. Leave it out, or use "
+                'Accelerator("one_device").'
+            )

@@ -1,0 +1,305 @@
+"""Export through the real converter and interpreter: what comes out, what is refused, what is kept."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfaccel
+from tfaccel.export.interpreter import TFLiteRunner
+from tfaccel.export.recipes import RECIPES
+from tfaccel.export.tflite import check_parity
+
+RECIPE_NAMES = list(RECIPES)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model of each kind, trained a little on real images."""
+    from tests.conftest import build, compile_model
+
+    models = {}
+
+    def get(kind, small):
+        if kind not in models:
+            models[kind] = compile_model(build(kind), keras.optimizers.Adam(1e-2))
+            models[kind].fit(*small, epochs=4, verbose=0)
+        return models[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", ["sequential", "functional", "subclassed"])
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_every_recipe_for_every_kind(trained, small, tmp_path, kind, recipe):
+    model = trained(kind, small)
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", recipe, calibration=small, evaluate=small)
+    assert file.path.stat().st_size == file.size_bytes
+    assert file.on_real_data
+    assert file.samples == 240
+    assert file.score.samples == 240
+    # 24 and 11 bits of mantissa, 8 bits of 7 sigma ranges; sums of 100 terms keep most of them.
+    floor = {"float32": 100, "float16": 50, "dynamic_int8": 25, "int8": 25}[recipe]
+    assert file.parity.sqnr_db > floor
+    assert file.parity.top1_agreement > 0.9
+    model_accuracy = model.evaluate(*small, verbose=0)[1]
+    assert file.score.model == pytest.approx(model_accuracy, abs=1e-6)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
+
+
+@pytest.fixture
+def file(trained, small, tmp_path):
+    return tfaccel.export_tflite(trained("sequential", small), tmp_path / "m.tflite")
+
+
+def test_batch_size_stays_open(trained, small, file):
+    runner = TFLiteRunner(file.path)
+    for rows in (1, 7, 3):
+        (output,) = runner.run((small[0][:rows],)).values()
+        assert output.shape == (rows, 10)
+
+
+def test_runs_in_the_plain_interpreter_by_signature(trained, small, file):
+    """As a user of the file would: no tfaccel in it."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(file.path))
+    runner = interpreter.get_signature_runner("serving_default")
+    (name,) = runner.get_input_details()
+    (output,) = runner(**{name: small[0][:5]}).values()
+    expected = trained("sequential", small).predict(small[0][:5], verbose=0)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*experimental_preserve_all_tensors")  # it is for looking inside
+def test_int8_file_computes_in_int8(trained, small, tmp_path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    path = tmp_path / "m.tflite"
+    tfaccel.export_tflite(trained("sequential", small), path, "int8", calibration=small)
+    interpreter = Interpreter(str(path), experimental_preserve_all_tensors=True)
+    interpreter.allocate_tensors()
+    kinds = [np.dtype(d["dtype"]).name for d in interpreter.get_tensor_details()]
+    # Input and output stay float, and each has one conversion; everything between is integer.
+    assert kinds.count("int8") >= 5
+    assert kinds.count("float32") == 2
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("kind", ["sequential", "functional", "subclassed"])
+def test_mixed_precision_models_convert(helpers, small, tmp_path, policy, kind):
+    keras.config.set_dtype_policy(policy)
+    model = helpers.compile(helpers.build(kind), keras.optimizers.Adam(1e-2))
+    keras.config.set_dtype_policy("float32")
+    model.fit(*small, epochs=1, verbose=0)
+    before = model.get_weights()
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", calibration=small)
+    # The model itself computes with 8 or 11 bits: 48 or 66 dB, less the sums.
+    assert file.parity.sqnr_db > (30 if policy == "mixed_bfloat16" else 45)
+    assert model.layers[0].compute_dtype == policy.removeprefix("mixed_")
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_several_inputs_and_outputs_keep_their_names(tmp_path):
+    first, second = keras.Input((8,), name="numbers"), keras.Input((6, 6, 2), name="picture")
+    flat = keras.layers.Flatten()(keras.layers.Conv2D(4, 3)(second))
+    joined = keras.layers.Concatenate()([first, flat])
+    outputs = {"score": keras.layers.Dense(3)(joined), "size": keras.layers.Dense(1)(joined)}
+    model = keras.Model({"numbers": first, "picture": second}, outputs)
+    generator = np.random.default_rng(0)
+    x = {"numbers": generator.random((40, 8)), "picture": generator.random((40, 6, 6, 2))}
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", "int8", calibration=x)
+    assert file.parity.sqnr_db > 25
+    runner = TFLiteRunner(file.path)
+    rows = {name: array[:3].astype("float32") for name, array in x.items()}
+    assert {k: v.shape for k, v in runner.run(rows).items()} == {"score": (3, 3), "size": (3, 1)}
+
+
+def test_layer_names_that_upset_the_saved_model_step(tmp_path):
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((6, 6, 1)), layers.Conv2D(2, 3, name="_under.score"), layers.Flatten(name="a.b")]
+    )
+    assert tfaccel.export_tflite(model, tmp_path / "m.tflite").parity.sqnr_db > 100
+
+
+def test_without_data_it_is_said(trained, small, tmp_path):
+    file = tfaccel.export_tflite(trained("sequential", small), tmp_path / "m.tflite")
+    assert not file.on_real_data
+    assert "random samples" in str(file)
+
+
+def test_integer_input(tmp_path):
+    model = keras.Sequential(
+        [keras.Input((5,), dtype="int32"), keras.layers.Embedding(2, 4), keras.layers.Flatten()]
+    )
+    assert tfaccel.export_tflite(model, tmp_path / "m.tflite").parity.max_abs_error == 0
+
+
+def calibration_forms(x, y):
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return x[index * 80 : (index + 1) * 80], y[index * 80 : (index + 1) * 80]
+
+    slices = tf.data.Dataset.from_tensor_slices
+    return {
+        "array": x,
+        "float64": x.astype("float64"),
+        "pair": (x, y),
+        "batches": slices((x, y)).batch(50),
+        "samples": slices(x),
+        "samples with labels": slices((x, y)),
+        "pydataset": Batches(),
+    }
+
+
+@pytest.mark.parametrize("form", calibration_forms(np.zeros((240, 1)), np.zeros(240)))
+def test_calibration_takes_every_form_alike(trained, small, tmp_path, form):
+    model = trained("sequential", small)
+    data = calibration_forms(*small)[form]
+    file = tfaccel.export_tflite(model, tmp_path / "a.tflite", "int8", calibration=data)
+    again = tfaccel.export_tflite(model, tmp_path / "b.tflite", "int8", calibration=small[0])
+    assert file.samples == 240
+    assert file.parity == again.parity
+
+
+def test_a_function_scores_model_and_file(trained, small, tmp_path):
+    seen = []
+
+    def score(predict):
+        outputs = predict(small[0])
+        seen.append(outputs)
+        return float((outputs.argmax(-1) == small[1]).mean())
+
+    model = trained("sequential", small)
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", evaluate=score, max_drop=0.01)
+    assert len(seen) == 2
+    assert file.score.model == file.score.file
+    assert file.score.samples is None
+
+
+def test_a_drop_that_is_too_large_leaves_the_older_file(trained, small, tmp_path):
+    path = tmp_path / "m.tflite"
+    path.write_bytes(b"older")
+    scores = iter([0.9, 0.8])
+    with pytest.raises(tfaccel.ExportError, match=r"fell by 0.1000.*Nothing was written"):
+        tfaccel.export_tflite(
+            trained("sequential", small), path, evaluate=lambda predict: next(scores), max_drop=0.05
+        )
+    assert path.read_bytes() == b"older"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
+
+
+def test_interrupted_writing_leaves_the_older_file(trained, small, tmp_path, monkeypatch):
+    path = tmp_path / "m.tflite"
+    path.write_bytes(b"older")
+
+    def interrupted(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tfaccel.export_tflite(trained("sequential", small), path)
+    assert path.read_bytes() == b"older"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
+
+
+def test_a_layer_that_cannot_be_converted_is_named(tmp_path):
+    model = keras.Sequential([keras.Input((6, 4)), keras.layers.LSTM(5, name="remembers")])
+    with pytest.raises(tfaccel.ExportError, match="remembers"):
+        tfaccel.export_tflite(model, tmp_path / "m.tflite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_disagrees_is_refused():
+    wrong = tfaccel.Parity(max_abs_error=1.0, sqnr_db=3.0, top1_agreement=0.5)
+    with pytest.raises(tfaccel.ExportError, match="does not agree"):
+        check_parity(wrong, RECIPES["float32"], mixed_precision=False)
+    broken = tfaccel.Parity(float("nan"), float("nan"), 0.0)
+    with pytest.raises(tfaccel.ExportError, match="does not agree"):
+        check_parity(broken, RECIPES["int8"], mixed_precision=False)
+    check_parity(wrong, RECIPES["int8"], mixed_precision=False)
+
+
+def test_a_layer_that_is_random_at_inference_is_caught(tmp_path):
+    class Noisy(keras.layers.Layer):
+        def call(self, x):
+            return x + tf.random.normal(tf.shape(x))
+
+    tf.random.set_seed(None)  # with a seed, model and file draw the same numbers
+    model = keras.Sequential([keras.Input((4,)), Noisy()])
+    with pytest.raises(tfaccel.ExportError):
+        tfaccel.export_tflite(model, tmp_path / "m.tflite")
+
+
+def test_a_subclassed_model_with_two_inputs_needs_a_signature(tmp_path):
+    class Sum(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(inputs["a"] + inputs["b"])
+
+    model = Sum()
+    model({"a": np.zeros((1, 3), "float32"), "b": np.zeros((1, 3), "float32")})
+    with pytest.raises(ValueError, match="input_signature"):
+        tfaccel.export_tflite(model, tmp_path / "m.tflite")
+    spec = tf.TensorSpec([None, 3], "float32")
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", input_signature={"a": spec, "b": spec})
+    assert file.parity.max_abs_error < 1e-5
+
+
+def test_a_mirrored_model_exports(helpers, small, tmp_path):
+    accelerator = tfaccel.Accelerator("mirrored", "float32")
+    with accelerator.scope():
+        model = helpers.compile(helpers.build())
+    model.fit(*small, batch_size=24, verbose=0)
+    assert tfaccel.export_tflite(model, tmp_path / "m.tflite", calibration=small).parity.sqnr_db > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"recipe": "int4"}, "recipe='int4'"),
+        ({"recipe": "int8"}, "needs calibration data"),
+        ({"max_drop": 0.01}, "without data"),
+        ({"max_drop": 5, "calibration": np.zeros((3, 7, 7, 1))}, "max_drop=5"),
+        ({"calibration": np.zeros((3, 8, 8, 1))}, r"shape \(8, 8, 1\)"),
+        ({"calibration": np.zeros((0, 7, 7, 1))}, "no samples"),
+        ({"calibration": np.full((3, 7, 7, 1), "a")}, "dtype"),
+        ({"calibration": [np.zeros((3, 7, 7, 1))] * 2}, "2 inputs"),
+        ({"calibration": (i for i in range(3))}, "is not data"),
+        ({"calibration": np.zeros((3, 7, 7, 1)), "max_drop": 0.1}, "no labels"),
+        ({"evaluate": (np.zeros((3, 7, 7, 1)), None), "max_drop": 0.1}, "no labels"),
+    ],
+)
+def test_bad_arguments(helpers, tmp_path, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        tfaccel.export_tflite(helpers.build(), tmp_path / "m.tflite", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_accuracy_of_a_regression_is_refused(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="Accuracy does not apply"):
+        tfaccel.export_tflite(model, tmp_path / "m.tflite", evaluate=(np.ones((4, 3)), np.ones(4)))
+
+
+@pytest.mark.parametrize("where", ["missing/m.tflite", "."])
+def test_unwritable_path_is_refused_before_anything_is_done(helpers, tmp_path, where):
+    with pytest.raises(ValueError, match="can't be written"):
+        tfaccel.export_tflite(helpers.build(), tmp_path / where)
+    with pytest.raises(ValueError, match="can't be written"):
+        tfaccel.ExportTFLite(tmp_path / where)
+
+
+def test_not_a_model_and_not_built(tmp_path):
+    with pytest.raises(ValueError, match="can't be exported"):
+        tfaccel.export_tflite("model.keras", tmp_path / "m.tflite")
+    with pytest.raises(ValueError, match="not built"):
+        tfaccel.export_tflite(keras.Sequential([keras.layers.Dense(1)]), tmp_path / "m.tflite")

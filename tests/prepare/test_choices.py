@@ -1,0 +1,205 @@
+"""Strategy, precision, XLA and steps: the tables of the modules, and every bad name."""
+
+import dataclasses
+import json
+import time
+
+import keras
+import pytest
+import tensorflow as tf
+
+from tfaccel.keras_fixes.compile_checks import is_distributed
+from tfaccel.prepare import strategy as strategy_module
+from tfaccel.prepare.devices import Devices
+from tfaccel.prepare.execution import choose_jit, choose_kernels, choose_steps_per_execution
+from tfaccel.prepare.precision import choose_precision
+from tfaccel.prepare.strategy import (
+    choose_strategy,
+    connect_tpu_strategy,
+    default_strategy,
+    number_of_workers,
+)
+
+CPU = Devices("cpu", 1, ("CPU",))
+TPU = Devices("tpu", 8, ("TPU",), bfloat16=True)
+
+
+def gpu(count, capability):
+    return Devices(
+        "gpu", count, ("GPU",) * count, compute_capability=capability,
+        bfloat16=capability >= (8, 0), float16=capability >= (5, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("devices", "policy"),
+    [
+        (CPU, "float32"),
+        (dataclasses.replace(CPU, bfloat16=True, float16=True), "float32"),
+        (gpu(1, (6, 1)), "float32"),
+        (gpu(1, (7, 0)), "mixed_float16"),
+        (gpu(1, (7, 5)), "mixed_float16"),
+        (gpu(1, (8, 0)), "mixed_bfloat16"),
+        (gpu(2, (9, 0)), "mixed_bfloat16"),
+        (TPU, "mixed_bfloat16"),
+        (Devices("gpu", 1, ("GPU",)), "float32"),
+    ],
+)
+def test_precision_follows_the_hardware(devices, policy):
+    choice = choose_precision("auto", devices)
+    assert choice.value.name == policy
+    assert choice.reason
+    assert not choice.by_user
+
+
+def test_float16_on_a_device_without_it_is_refused():
+    with pytest.raises(ValueError, match=r"mixed_float16.*no float16 arithmetic"):
+        choose_precision("mixed_float16", CPU)
+    assert choose_precision("mixed_float16", gpu(1, (7, 0))).by_user
+    assert choose_precision("bfloat16", CPU).value.name == "bfloat16"
+
+
+def test_a_policy_object_is_taken_as_it_is():
+    policy = keras.DTypePolicy("mixed_bfloat16")
+    assert choose_precision(policy, CPU).value is policy
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"precision='fp16'.*Allowed: 'auto'"):
+        choose_precision("fp16", CPU)
+
+
+@pytest.mark.parametrize("devices", [CPU, gpu(1, (8, 0))])
+def test_one_device_needs_no_strategy(devices):
+    choice = choose_strategy("auto", devices, environment={})
+    assert not is_distributed(choice.value)
+
+
+def test_mirrored_on_request(helpers):
+    choice = choose_strategy("mirrored", CPU)
+    assert choice.value.num_replicas_in_sync == 2
+    assert is_distributed(choice.value)
+
+
+def test_a_strategy_object_is_taken_as_it_is():
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    assert choose_strategy(strategy, CPU).value is strategy
+
+
+def test_unknown_strategy_is_refused():
+    with pytest.raises(ValueError, match=r"strategy='ddp'.*'mirrored'"):
+        choose_strategy("ddp", CPU)
+
+
+def test_multi_worker_without_tf_config_is_refused():
+    with pytest.raises(ValueError, match="needs TF_CONFIG"):
+        choose_strategy("multi_worker", CPU, environment={})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"cluster": {"worker": 3}}', "3"])
+def test_malformed_tf_config_is_refused(text):
+    with pytest.raises(ValueError, match=r"TF_CONFIG.*Allowed"):
+        choose_strategy("auto", CPU, environment={"TF_CONFIG": text})
+
+
+def test_counts_workers():
+    cluster = {"worker": ["a:1", "b:1"], "chief": ["c:1"], "ps": ["d:1"]}
+    assert number_of_workers({"TF_CONFIG": json.dumps({"cluster": cluster})}) == 3
+    assert number_of_workers({}) == 0
+
+
+def test_multi_worker_when_tf_config_says_so(monkeypatch):
+    made = []
+    monkeypatch.setattr(strategy_module, "_collective", lambda devices: made.append(devices) or "made")
+    environment = {"TF_CONFIG": json.dumps({"cluster": {"worker": ["a:1", "b:1"]}})}
+    choice = choose_strategy("auto", CPU, environment=environment)
+    assert choice.value == "made"
+    assert "2 workers" in choice.reason
+
+
+def test_tpu_is_used_when_it_answers():
+    named = dataclasses.replace(CPU, tpu_environment=("TPU_NAME",))
+    stand_in = default_strategy()
+    choice = choose_strategy("auto", named, environment={}, connect_tpu=lambda: stand_in)
+    assert choice.value is stand_in
+    assert "answered" in choice.reason
+    assert choose_strategy("tpu", TPU, connect_tpu=lambda: stand_in).by_user
+
+
+def test_a_tpu_that_does_not_answer_costs_no_run():
+    def silent():
+        raise RuntimeError("no answer within 60 s")
+
+    named = dataclasses.replace(CPU, tpu_environment=("TPU_NAME",))
+    choice = choose_strategy("auto", named, environment={}, connect_tpu=silent)
+    assert not is_distributed(choice.value)
+    assert "no answer" in choice.reason
+
+
+def test_tpu_without_a_sign_of_one_is_refused():
+    with pytest.raises(ValueError, match="no sign of a TPU"):
+        choose_strategy("tpu", CPU)
+
+
+@pytest.mark.slow
+def test_an_unreachable_tpu_is_given_up_in_time(monkeypatch):
+    """The real resolver against a closed port, which TensorFlow alone waits for over 590 s."""
+    monkeypatch.setenv("TPU_NAME", "grpc://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="no answer within 8 s"):
+        connect_tpu_strategy(timeout_s=8)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.slow
+def test_a_machine_without_tpu_kernels_says_so(monkeypatch):
+    monkeypatch.setenv("TPU_NAME", "local")
+    with pytest.raises(RuntimeError):
+        connect_tpu_strategy(timeout_s=60)
+
+
+def test_parameter_server_is_refused():
+    class Stub(tf.distribute.experimental.ParameterServerStrategy):
+        """A real one needs a running cluster; the type decides."""
+
+        def __init__(self):
+            pass
+
+    with pytest.raises(ValueError, match=r"can't drive model\.fit"):
+        choose_strategy(Stub(), CPU)
+
+
+def mirrored():
+    return choose_strategy("mirrored", CPU).value
+
+
+def test_jit_choices():
+    one = default_strategy()
+    assert choose_jit("auto", CPU, one).value is False
+    assert choose_jit("auto", gpu(1, (8, 0)), one).value == "auto"
+    assert choose_jit("auto", gpu(2, (8, 0)), mirrored()).value is False
+    assert choose_jit(True, CPU, one).value is True
+    with pytest.raises(ValueError, match=r"jit=True.*2 replicas"):
+        choose_jit(True, CPU, mirrored())
+    with pytest.raises(ValueError, match="jit='yes'"):
+        choose_jit("yes", CPU, one)
+
+
+def test_steps_per_execution_choices():
+    one = default_strategy()
+    assert choose_steps_per_execution("auto", "auto", one).value > 1
+    assert choose_steps_per_execution("auto", "plain", one).value == 1
+    assert choose_steps_per_execution("auto", "auto", mirrored()).value == 1
+    assert choose_steps_per_execution(7, "auto", one).value == 7
+    for bad in (0, -1, 1.5, True, "many"):
+        with pytest.raises(ValueError, match="steps_per_execution"):
+            choose_steps_per_execution(bad, "auto", one)
+    with pytest.raises(ValueError, match="2 replicas"):
+        choose_steps_per_execution(2, "auto", mirrored())
+
+
+def test_kernels_choices():
+    assert choose_kernels("plain").by_user
+    assert choose_kernels("auto").reason
+    with pytest.raises(ValueError, match="kernels='fused'"):
+        choose_kernels("fused")
