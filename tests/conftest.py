@@ -77,7 +77,7 @@ def compile_model(model, optimizer=None, **options):
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def helpers():
     """`build` and `compile_model`, for tests of every folder."""
 
@@ -87,8 +87,3 @@ def helpers():
         Subclassed = Subclassed
 
     return Helpers
-
-
-def weights(model):
-    """A copy of the weights."""
-    return [np.array(w) for w in model.get_weights()]

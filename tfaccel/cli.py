@@ -98,7 +98,7 @@ def run_devices(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """`tfaccel plan`."""
-    jit = {"auto": "auto", "on": True, "off": False}[options.jit]
+    jit: str | bool = "auto" if options.jit == "auto" else options.jit == "on"
     accelerator = tfaccel.Accelerator(options.strategy, options.precision, jit, options.kernels)
     terminal.print_plan(accelerator)
     return 0

@@ -14,15 +14,13 @@ RECIPE_NAMES = list(RECIPES)
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(helpers):
     """A model of each kind, trained a little on real images."""
-    from tests.conftest import build, compile_model
-
     models = {}
 
     def get(kind, small):
         if kind not in models:
-            models[kind] = compile_model(build(kind), keras.optimizers.Adam(1e-2))
+            models[kind] = helpers.compile(helpers.build(kind), keras.optimizers.Adam(1e-2))
             models[kind].fit(*small, epochs=4, verbose=0)
         return models[kind]
 

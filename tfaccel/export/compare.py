@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
+import os
 from typing import Any
 
 import keras
@@ -71,7 +71,7 @@ def worst(parities: list[Parity]) -> Parity:
 
 def compare(
     model: keras.Model,
-    path: str | pathlib.Path,
+    path: str | os.PathLike,
     samples: Any,
     *,
     input_signature: Any = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import Any
 
@@ -23,7 +24,7 @@ class TFLiteRunner:
         FileNotFoundError: There is no such file.
     """
 
-    def __init__(self, content: bytes | str | pathlib.Path, num_threads: int = 1):
+    def __init__(self, content: bytes | str | os.PathLike, num_threads: int = 1):
         from ai_edge_litert.interpreter import Interpreter
 
         if not isinstance(content, bytes):

@@ -51,15 +51,18 @@ def drive(
     original = optimizer.apply
     resting_learning_rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
     name = momentum_name(optimizer) if momentum is not None else None
-    resting_momentum = getattr(optimizer, name) if name else None
+    resting_momentum = getattr(optimizer, name) if name else 0.0
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
         step = tf.cast(optimizer.iterations, tf.float32) - float(start)
         variable = optimizer.learning_rate
         variable.assign(tf.cast(learning_rate(step), variable.dtype))
-        if name is None:
+        if name is None or momentum is None:
             return original(grads, trainable_variables)
-        setattr(optimizer, name, _as_attribute(name, momentum(step), resting_momentum))
+        value = momentum(step)
+        if name == "momentum":
+            value = _Momentum(value, resting_momentum)
+        setattr(optimizer, name, value)
         try:
             return original(grads, trainable_variables)
         finally:
@@ -73,17 +76,13 @@ def drive(
     return undo
 
 
-def _as_attribute(name: str, value: tf.Tensor, resting: float) -> Any:
-    if name == "beta_1":
-        return value
-    return _Momentum(value, resting)
-
-
 class _Momentum(float):
     """A tensor that Python's `momentum != 0` in `SGD.update_step` can still be asked.
 
     TensorFlow converts it by `__tf_tensor__`, so the arithmetic uses the tensor.
     """
+
+    value: tf.Tensor
 
     def __new__(cls, value: tf.Tensor, resting: float) -> _Momentum:
         self = super().__new__(cls, resting)

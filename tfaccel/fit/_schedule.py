@@ -6,6 +6,7 @@ a forgotten detach in another is the bug that this file rules out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -76,7 +77,7 @@ class ScheduleCallback(keras.callbacks.Callback):
         optimizer = inner_optimizer(self.model.optimizer)
         iterations = int(keras.ops.convert_to_numpy(optimizer.iterations))
 
-        def along(curve: Curve) -> Curve:
+        def along(curve: Callable[[Any, float], Any]) -> Curve:
             return lambda step: curve(tf.clip_by_value(step / last_step, 0.0, 1.0), warmup)
 
         has_momentum = self.momentum_at(tf.constant(0.0), warmup) is not None

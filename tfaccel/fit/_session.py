@@ -48,14 +48,17 @@ class Attachment:
 
 def _watch_for_next_fit(model: keras.Model) -> None:
     """Lets the next `fit` (or `train_on_batch`) begin by detaching what an interrupted one left."""
-    model_reference = weakref.ref(model)
+    original = type(model).make_train_function
+    reference = weakref.ref(model)
 
     def make_train_function(force: bool = False) -> object:
-        model = model_reference()
+        model = reference()
+        if model is None:
+            raise ReferenceError("the model of this train function is gone")
         # `fit` never forces; callbacks that want a retrace do.
         if not force:
             for attachment in reversed(list(_attached[model])):
                 attachment.detach()
-        return type(model).make_train_function(model, force)
+        return original(model, force)
 
     model.make_train_function = make_train_function

@@ -95,7 +95,7 @@ def watch_running_fit(callback: keras.callbacks.Callback) -> InputClock | None:
     finally:
         del frame
     dataset = getattr(epoch_iterator, "_distributed_dataset", None)
-    if not isinstance(dataset, tf.data.Dataset):
+    if epoch_iterator is None or not isinstance(dataset, tf.data.Dataset):
         return None
     clock = InputClock(skip=callback.model.steps_per_execution)
     epoch_iterator._distributed_dataset = clock.watch(dataset)

@@ -121,7 +121,7 @@ def describe_gpus(
 
 def describe_cpu(flags: frozenset[str], tpu_environment: tuple[str, ...] = ()) -> Devices:
     """Turns the CPU's feature flags (as Linux spells them) into a `Devices`."""
-    features = [f for f in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16") if f in flags]
+    features: list[str] = [f for f in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16") if f in flags]
     if any(flag.startswith("amx") for flag in flags):
         features.append("amx")
     return Devices(

@@ -55,7 +55,7 @@ def choose_steps_per_execution(
             "steps_per_execution",
             requested,
             f'"auto" or 1 with {replicas} replicas',
-            "Keras 3 fails there at the first step, with TensorFlow's default all-reduce (keras-team/keras#19246).",
+            "Keras 3 fails there with TensorFlow's default all-reduce (keras-team/keras#19246).",
         )
     return Choice(requested, "you asked for it", by_user=True)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Generator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -146,7 +146,7 @@ def _prepare_stream(x: Any) -> Any:
     )
 
 
-def from_generator(generator: Generator) -> tf.data.Dataset:
+def from_generator(generator: Iterator) -> tf.data.Dataset:
     """Turns a generator of batches into a dataset; it is read once, as Keras reads it.
 
     Raises:

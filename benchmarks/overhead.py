@@ -1,0 +1,124 @@
+"""Claim: with every choice forced to plain Keras, tfaccel costs nothing; Throughput costs under 1 %.
+
+    python benchmarks/overhead.py
+
+Three models, each fitted again and again in one process: bare Keras, then each way of tfaccel, in turn,
+so that the machine's drift meets all alike. A figure is the ratio of step times within one turn; the
+median of all turns and its quartiles are printed. The first fits (tracing) are not counted.
+
+Rows: `plain`: bare Keras against itself, which shows the noise. `accelerator`: built and compiled under
+`Accelerator("one_device", "float32", jit=False, kernels="plain")`, the same arrays. `throughput`: bare
+Keras with the Throughput callback. `one_cycle`: with OneCycle at strength zero. `choices`: what
+`Accelerator()` chooses here, with its dataset: below 1 is faster.
+"""
+
+import argparse
+import statistics
+import time
+
+import keras
+import numpy as np
+from _report import print_row
+
+import tfaccel
+from tfaccel.demo.images import load_images
+
+
+def models():
+    """A tiny, a small and a compute-bound model of the sample's images."""
+    layers = keras.layers
+    flat = [layers.Flatten()]
+    return {
+        "linear": lambda: [*flat, layers.Dense(10)],
+        "mlp": lambda: [*flat, layers.Dense(128, activation="relu"), layers.Dense(10)],
+        "cnn": lambda: [
+            layers.Conv2D(16, 3, strides=2, activation="relu"),
+            layers.Conv2D(32, 3, strides=2, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(10),
+        ],
+    }
+
+
+def make(stack, accelerator=None):
+    """A compiled model; under the accelerator where there is one."""
+    keras.utils.set_random_seed(0)
+
+    def build(**options):
+        model = keras.Sequential([keras.Input((28, 28, 1)), *stack()])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"], **options)
+        return model
+
+    if accelerator is None:
+        return build(jit_compile=False)
+    with accelerator.scope():
+        return build(**accelerator.compile_options())
+
+
+def main():
+    """Prints one line a model and row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=25)
+    options = parser.parse_args()
+    data = load_images()
+    x, y = data["x_train"][:3200], data["y_train"][:3200]
+    plain_keras = tfaccel.Accelerator("one_device", "float32", jit=False, kernels="plain")
+    chosen = tfaccel.Accelerator()
+    flat = {"initial_fraction": 1, "final_fraction": 1, "momentum_range": None}
+    for name, stack in models().items():
+        rows = {
+            "bare": (make(stack), (x, y), list),
+            "plain": (make(stack), (x, y), list),
+            "accelerator": (make(stack, plain_keras), (x, y), list),
+            "throughput": (make(stack), (x, y), lambda: [tfaccel.Throughput()]),
+            "one_cycle": (make(stack), (x, y), lambda: [tfaccel.OneCycle(1e-3, **flat)]),
+            "choices": (make(stack, chosen), (chosen.dataset(x, y),), list),
+        }
+        seconds = {row: [] for row in rows}
+        for turn in range(options.turns + 2):
+            for row, (model, arguments, callbacks) in rows.items():
+                timer = Timer(seconds[row] if turn >= 2 else [])
+                model.fit(*arguments, verbose=0, callbacks=[*callbacks(), timer])
+        for row in list(rows)[1:]:
+            ratios = sorted(a / b for a, b in zip(seconds[row], seconds["bare"], strict=True))
+            print_row(
+                benchmark="overhead",
+                model=name,
+                row=row,
+                bare_step_ms=round(1e3 * statistics.median(seconds["bare"]), 3),
+                ratio=round(statistics.median(ratios), 3),
+                quartiles=[round(float(np.quantile(ratios, q)), 3) for q in (0.25, 0.75)],
+                turns=len(ratios),
+            )
+
+
+class Timer(keras.callbacks.Callback):
+    """Seconds a step from the end of the first execution to the end of the epoch: no setting up.
+
+    Args:
+        seconds: Is given the figure.
+    """
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """A new epoch has no first execution yet."""
+        self.first = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Notes where the first execution ended, and where the newest one did."""
+        # With several steps per execution Keras counts whole executions, past the end of the data.
+        self.last = (min(batch + 1, self.params["steps"]), time.perf_counter())
+        self.first = self.first or self.last
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Keeps the mean."""
+        (begin, started), (end, ended) = self.first, self.last
+        self.seconds.append((ended - started) / (end - begin))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The benchmarks' own parts: the data sets and the networks that the claims are made on."""
+
+import importlib.util
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in ("datasets", "_report", "time_to_accuracy"):
+        sys.modules.pop(name, None)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_datasets_come_from_the_cache_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFACCEL_DATA", str(tmp_path))
+    arrays = {
+        "x_train": np.zeros((3, 28, 28), "uint8"), "y_train": np.ones((3, 1), "uint8"),
+        "x_test": np.zeros((2, 28, 28), "uint8"), "y_test": np.ones(2, "uint8"),
+    }  # fmt: skip
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    data = load("datasets").load("mnist")
+    assert data["x_train"].shape == (3, 28, 28, 1)
+    assert data["y_train"].shape == (3,)
+    with pytest.raises(ValueError, match="name='cifar'"):
+        load("datasets").load("cifar")
+
+
+def test_resnet8_is_resnet8():
+    model = load("time_to_accuracy").build_resnet8()
+    assert model.output_shape == (None, 10)
+    # MLPerf Tiny's has 78,666 trainable weights, with biases on its convolutions.
+    assert 76_000 < model.count_params() < 80_000
+
+
+def test_spread_is_median_and_range():
+    assert load("_report").spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "runs": 3}
