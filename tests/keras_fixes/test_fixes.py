@@ -131,6 +131,19 @@ def test_canary_steps_per_execution_fails_under_a_strategy():
     assert answer.stdout.strip() == "fails"
 
 
+def test_several_workers_are_refused_with_the_reason():
+    class Stub(tf.distribute.MultiWorkerMirroredStrategy):
+        """A real one waits for its peers; the type and the count decide."""
+
+        num_replicas_in_sync = 2
+
+        def __init__(self):
+            pass
+
+    with pytest.raises(ValueError, match=r"keras#20585.*TF_CONFIG"):
+        compile_checks.check_strategy(Stub())
+
+
 def test_compile_checks_are_gone_after_the_block(helpers):
     original = keras.Model.compile
     strategy = tf.distribute.get_strategy()

@@ -1,4 +1,4 @@
-"""Keras compiles a model that was built outside of the scope it is compiled in.
+"""Keras compiles what it can't train: a model of another scope, or options that fail in step one.
 
 Under another dtype policy that is silent: the plan says mixed_bfloat16, the model trains in float32.
 Under another strategy it fails late, with a text that names internal classes
@@ -32,6 +32,7 @@ def refuse_at_compile(strategy: tf.distribute.Strategy, policy: keras.DTypePolic
 
     @functools.wraps(original)
     def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
+        check_strategy(strategy)
         check_built_inside(self, strategy, policy)
         original(self, *args, **kwargs)
         check_optimizer(self.optimizer, strategy)
@@ -41,6 +42,21 @@ def refuse_at_compile(strategy: tf.distribute.Strategy, policy: keras.DTypePolic
         yield
     finally:
         keras.Model.compile = original
+
+
+def check_strategy(strategy: tf.distribute.Strategy) -> None:
+    """Raises where Keras can't fit at all: several workers (keras-team/keras#20585).
+
+    Raises:
+        ValueError: A `MultiWorkerMirroredStrategy` of more than one worker.
+    """
+    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if several and strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            f"MultiWorkerMirroredStrategy with {strategy.num_replicas_in_sync} replicas can't run "
+            "model.fit: Keras 3 fails in the first step (keras-team/keras#20585). Allowed in this "
+            "version: one worker. Unset TF_CONFIG, or write the training loop yourself."
+        )
 
 
 def check_built_inside(
