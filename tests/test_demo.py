@@ -148,6 +148,8 @@ def test_a_real_ctrl_c_prints_partial_results_and_leaves_no_half_file(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "tfaccel", "demo", "--json", "--output", str(tmp_path / "out")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell that starts CI in the background has it ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "out").exists() and time.monotonic() < deadline:

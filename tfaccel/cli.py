@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import zipfile
 from collections.abc import Sequence
 
 import keras
@@ -98,6 +100,12 @@ def run_devices(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """`tfaccel plan`."""
+    workers = strategy.number_of_workers(os.environ)
+    if workers > 1 and options.strategy in ("auto", "multi_worker"):
+        raise ValueError(
+            f"TF_CONFIG names {workers} workers, and TensorFlow waits without end until all have started. "
+            "Allowed: plan on one machine. Unset TF_CONFIG, or choose --strategy one_device."
+        )
     jit: str | bool = "auto" if options.jit == "auto" else options.jit == "on"
     accelerator = tfaccel.Accelerator(options.strategy, options.precision, jit, options.kernels)
     terminal.print_plan(accelerator)
@@ -146,13 +154,24 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def _load_model(path: str) -> keras.Model:
-    return keras.models.load_model(path, compile=False)
+    try:
+        return keras.models.load_model(path, compile=False)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} can't be loaded: {str(error).splitlines()[0]} Allowed: a .keras file of Keras's own "
+            "layers. Use tfaccel.export_tflite in Python for custom ones."
+        ) from error
 
 
 def _read_samples(path: str) -> tuple:
     """`(x,)` or `(x, y)` of a `.npz` file; `x_test` and `y_test` where it has no `x`."""
-    with np.load(path) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+    try:
+        with open(path, "rb") as file, np.load(file) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} can't be read: {error}. Allowed: a .npz file as np.savez writes it."
+        ) from error
     for x, y in (("x", "y"), ("x_test", "y_test")):
         if x in arrays:
             return (arrays[x], arrays[y]) if y in arrays else (arrays[x],)

@@ -66,3 +66,18 @@ def test_bad_arguments_at_construction(tmp_path):
         tfaccel.ExportTFLite(tmp_path / "m.tflite", "int8")
     with pytest.raises(ValueError, match="recipe='tiny'"):
         tfaccel.ExportTFLite(tmp_path / "m.tflite", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"calibration": np.zeros((4, 9, 9, 1))}, "shape"),
+        ({"calibration": np.zeros((4, 7, 7, 1)), "max_drop": 0.1}, "no labels"),
+    ],
+)
+def test_bad_data_is_refused_before_the_first_step(helpers, small, tmp_path, arguments, text):
+    model = helpers.compile(helpers.build())
+    export = tfaccel.ExportTFLite(tmp_path / "m.tflite", **arguments)
+    with pytest.raises(ValueError, match=text):
+        model.fit(*small, verbose=0, callbacks=[export])
+    assert int(model.optimizer.iterations) == 0

@@ -99,6 +99,55 @@ def test_mixed_precision_models_convert(helpers, small, tmp_path, policy, kind):
         np.testing.assert_array_equal(a, b)
 
 
+def test_mixed_precision_with_lambda_and_plain_functions(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    layers = [keras.layers.Dense(8, activation=lambda x: x * 0.5), keras.layers.Lambda(lambda x: x + 1)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    keras.config.set_dtype_policy("float32")
+    assert tfaccel.export_tflite(model, tmp_path / "m.tflite").parity.sqnr_db > 30
+    assert model.layers[0].dtype_policy.name == "mixed_bfloat16"
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_canary_the_converter_refuses_half_precision(helpers, policy):
+    keras.config.set_dtype_policy(policy)
+    model = helpers.build()
+    keras.config.set_dtype_policy("float32")
+    with pytest.raises(Exception, match=r"convert|legalize|failed|Converter"):
+        tf.lite.TFLiteConverter.from_keras_model(model).convert()
+
+
+def test_a_dict_goes_to_list_inputs_by_name(tmp_path):
+    first, second = keras.Input((2,), name="b"), keras.Input((2,), name="a")
+    model = keras.Model([first, second], keras.layers.Subtract()([first, second]))
+    x = {"a": np.full((4, 2), 1.0, "float32"), "b": np.full((4, 2), 5.0, "float32")}
+    seen = []
+
+    def score(predict):
+        seen.append(predict(x).mean())
+        return 0.0
+
+    tfaccel.export_tflite(model, tmp_path / "m.tflite", calibration=x, evaluate=score)
+    assert seen == [4.0, 4.0]
+    with pytest.raises(ValueError, match=r"inputs named \['a', 'c'\]"):
+        tfaccel.export_tflite(model, tmp_path / "m.tflite", calibration={"a": x["a"], "c": x["b"]})
+
+
+def test_output_names_that_clean_to_the_same_stay_two(tmp_path):
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, {"p/x": keras.layers.Dense(1)(inputs), "p.x": keras.layers.Dense(2)(inputs)})
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite")
+    assert len(TFLiteRunner(file.path).run((np.ones((1, 2), "float32"),))) == 2
+
+
+def test_a_dataset_without_end_is_refused(trained, small, tmp_path):
+    endless = tf.data.Dataset.from_tensor_slices(small).batch(8).repeat()
+    with pytest.raises(ValueError, match="has no end"):
+        tfaccel.export_tflite(
+            trained("sequential", small), tmp_path / "m.tflite", calibration=endless, max_drop=0.1
+        )
+
+
 def test_several_inputs_and_outputs_keep_their_names(tmp_path):
     first, second = keras.Input((8,), name="numbers"), keras.Input((6, 6, 2), name="picture")
     flat = keras.layers.Flatten()(keras.layers.Conv2D(4, 3)(second))

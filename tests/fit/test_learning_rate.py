@@ -255,6 +255,62 @@ def test_resumed_run_goes_on_where_it_stopped(helpers, small):
     assert resumed.history["learning_rate"] == whole.history["learning_rate"][2:]
 
 
+def test_its_own_rate_comes_back_after_a_backup_was_restored(helpers, small, tmp_path):
+    x, y = small
+
+    def run(*callbacks):
+        model = helpers.compile(helpers.build(), keras.optimizers.Adam(1e-3))
+        backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+        arguments = {"batch_size": BATCH, "epochs": 4, "verbose": 0}
+        model.fit(x, y, callbacks=[backup, tfaccel.OneCycle(0.1), *callbacks], **arguments)
+        return model
+
+    with pytest.raises(RuntimeError, match="crash"):
+        run(Stop(RuntimeError("crash"), epoch=2))
+    model = run()
+    assert int(model.optimizer.iterations) == 40
+    assert float(model.optimizer.learning_rate) == np.float32(1e-3)
+
+
+def test_a_rate_that_the_user_set_after_an_interruption_stays(helpers, small):
+    model = helpers.compile(helpers.build())
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(*small, epochs=2, verbose=0, callbacks=[tfaccel.OneCycle(0.1), Stop(KeyboardInterrupt())])
+    model.optimizer.learning_rate = 1e-6
+    model.fit(*small, verbose=0)
+    assert float(model.optimizer.learning_rate) == np.float32(1e-6)
+
+
+def test_steps_that_keras_would_round_up_are_refused(helpers, small):
+    data = data_of("dataset", *small).repeat()
+    model = helpers.compile(helpers.build(), steps_per_execution=4)
+    for callback in (tfaccel.OneCycle(1e-2), tfaccel.Throughput()):
+        with pytest.raises(ValueError, match=r"steps_per_epoch=6.*train 8 steps"):
+            model.fit(data, steps_per_epoch=6, shuffle=False, verbose=0, callbacks=[callback])
+    model.fit(data, steps_per_epoch=8, shuffle=False, verbose=0, callbacks=[tfaccel.OneCycle(1e-2)])
+    assert int(model.optimizer.iterations) == 8
+
+
+def test_canary_keras_rounds_steps_up(helpers, small):
+    model = helpers.compile(helpers.build(), steps_per_execution=4)
+    data = data_of("dataset", *small).repeat()
+    model.fit(data, steps_per_epoch=6, shuffle=False, verbose=0)
+    assert int(model.optimizer.iterations) == 8
+
+
+def test_several_optimizers_are_refused(helpers, small):
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("this Keras has none")
+    model = helpers.build()
+    several = keras.optimizers.MultiOptimizer(
+        [keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.1)],
+        lambda variable: 0 if "kernel" in variable.path else 1,
+    )
+    helpers.compile(model, several)
+    with pytest.raises(ValueError, match="MultiOptimizer"):
+        model.fit(*small, verbose=0, callbacks=[tfaccel.OneCycle(1e-2)])
+
+
 def test_fit_after_fit_is_plain_again(helpers, small):
     x, y = small
     results = []
@@ -273,12 +329,12 @@ def test_fit_after_fit_is_plain_again(helpers, small):
 class Stop(keras.callbacks.Callback):
     """Raises in the second epoch, as Ctrl-C would."""
 
-    def __init__(self, error):
+    def __init__(self, error, epoch=1):
         super().__init__()
-        self.error = error
+        self.error, self.epoch = error, epoch
 
     def on_epoch_begin(self, epoch, logs=None):
-        if epoch == 1:
+        if epoch == self.epoch:
             raise self.error
 
 
@@ -367,6 +423,9 @@ def test_compiled_in_schedule_is_refused(helpers, small):
         ({"max_learning_rate": 1e-2, "warmup_epochs": -1}, "warmup_epochs=-1"),
         ({"max_learning_rate": 1e-2, "final_fraction": 2}, "final_fraction=2"),
         ({"max_learning_rate": 1e-2, "steps_per_epoch": 0}, "steps_per_epoch=0"),
+        ({"max_learning_rate": 1e-2, "steps_per_epoch": 2.5}, "steps_per_epoch=2.5"),
+        ({"max_learning_rate": "0.1"}, "max_learning_rate='0.1'"),
+        ({"max_learning_rate": float("inf")}, "max_learning_rate=inf"),
     ],
 )
 @pytest.mark.parametrize("callback", [tfaccel.OneCycle, tfaccel.WarmupCosine])
@@ -378,6 +437,8 @@ def test_bad_arguments(callback, arguments, text):
 def test_bad_momentum_range():
     with pytest.raises(ValueError, match="momentum_range"):
         tfaccel.OneCycle(1e-2, momentum_range=(0.95, 0.85))
+    with pytest.raises(ValueError, match="momentum_range"):
+        tfaccel.OneCycle(1e-2, momentum_range=0.9)
 
 
 def test_no_extra_trace(helpers, small):

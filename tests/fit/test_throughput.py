@@ -37,11 +37,12 @@ def slow_dataset(x, y, seconds):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_waiting_for_input_is_found(helpers, small, steps):
     model = helpers.compile(helpers.build(), steps_per_execution=steps)
-    slow = slow_dataset(*small, seconds=0.05)
+    slow = slow_dataset(*small, seconds=0.1)
     history = model.fit(slow, epochs=2, shuffle=False, verbose=0, callbacks=[tfaccel.Throughput()])
-    # 50 ms of waiting a step against a step of about 2 ms; half leaves room for a busy machine.
-    assert history.history["input_wait"][-1] > 0.5
-    assert history.history["step_ms"][-1] >= 50
+    # 100 ms of waiting a step against a step of about 2 ms. Prefetching hides what the step takes, so
+    # a busy machine gets a smaller share; a third leaves room for a step of 200 ms.
+    assert history.history["input_wait"][-1] > 0.33
+    assert history.history["step_ms"][-1] >= 90
 
 
 def test_fast_input_is_not_called_slow(helpers, small):

@@ -115,6 +115,40 @@ def test_tensors_and_frames(accelerator):
     np.testing.assert_array_equal(batch[0], X)
 
 
+def test_lists_stay_structures_and_train_as_in_fit(accelerator):
+    first, second = keras.Input((3,)), keras.Input((3,))
+    outputs = [keras.layers.Dense(1)(first), keras.layers.Dense(1)(second)]
+    model = keras.Model([first, second], outputs)
+    start = model.get_weights()
+    results = []
+    for prepared in (False, True):
+        model.set_weights(start)
+        model.compile("sgd", ["mse", "mse"])
+        x, y = [X / 150, -X / 150], [X[:, :1], X[:, 1:2]]
+        if prepared:
+            model.fit(accelerator.dataset(x, y, shuffle=False), verbose=0)
+        else:
+            model.fit(x, y, shuffle=False, verbose=0)
+        results.append(model.get_weights())
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_pandas_as_fit_takes_it(accelerator):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": np.arange(4), "b": np.arange(4) / 2, "c": np.arange(4) > 1})
+    ((x, y),) = read(accelerator.dataset(frame, frame["b"], shuffle=False))
+    assert x.dtype == "float32"
+    np.testing.assert_array_equal(x, frame.to_numpy("float32"))
+    assert y.shape == (4, 1)
+
+
+def test_generator_whose_sizes_vary(accelerator):
+    lengths = [5, 7, 9, 4]
+    batches = ((np.ones((2, n)), np.ones(2)) for n in lengths)
+    assert [x.shape for x, _ in read(accelerator.dataset(batches))] == [(2, n) for n in lengths]
+
+
 def test_a_dataset_keeps_its_batches_and_its_options(accelerator):
     policy = tf.data.experimental.AutoShardPolicy
     dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)

@@ -2,5 +2,5 @@
 
 Both runs train the same network from the same first weights, in this process, on the same images. The
 accelerated one differs in what a user could write too: the input pipeline and steps per call that
-`Accelerator` chose, larger batches, and one cycle of the learning rate.
+`Accelerator` chose, and one cycle of the learning rate instead of a constant one.
 """

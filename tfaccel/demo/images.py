@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 
-SMALLEST_IMAGE = 18  # what the demo's network leaves at least one pixel of
+SMALLEST_IMAGE = 10  # what the demo's network leaves at least one pixel of
 
 
 def sample_path() -> pathlib.Path:

@@ -173,8 +173,11 @@ def _export(
     figures["tflite_accuracy"] = file.score.file if file.score else None
     figures["keras_latency_ms"] = predict_latency_ms(model, data["x_test"][:1])
     partial = folder / ".model.partial.keras"
-    model.save(partial)
-    partial.replace(folder / "model.keras")
+    try:
+        model.save(partial)
+        partial.replace(folder / "model.keras")
+    finally:
+        partial.unlink(missing_ok=True)
     tell("export", "done", 1.0)
 
 

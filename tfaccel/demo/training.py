@@ -13,16 +13,17 @@ import tensorflow as tf
 from tfaccel.accelerator import Accelerator
 from tfaccel.fit.learning_rate import OneCycle
 
-PLAIN_EPOCHS = 10
-EPOCHS = 5
-BATCH_SIZE = 64
-MAX_LEARNING_RATE = 5e-3
+PLAIN_EPOCHS = 15
+EPOCHS = 6
+BATCH_SIZE = 32
+MAX_LEARNING_RATE = 8e-3
+WARMUP = 0.2
 
 Report = Callable[[str, float], None]
 
 
 def build_model(input_shape: tuple[int, ...], classes: int) -> keras.Model:
-    """The network of TensorFlow's own tutorial "Convolutional Neural Network"."""
+    """The network of Keras's own example "Simple MNIST convnet", which is trained for 15 epochs."""
     layers = keras.layers
     return keras.Sequential(
         [
@@ -31,9 +32,8 @@ def build_model(input_shape: tuple[int, ...], classes: int) -> keras.Model:
             layers.MaxPooling2D(),
             layers.Conv2D(64, 3, activation="relu"),
             layers.MaxPooling2D(),
-            layers.Conv2D(64, 3, activation="relu"),
             layers.Flatten(),
-            layers.Dense(64, activation="relu"),
+            layers.Dropout(0.5),
             layers.Dense(classes),
         ]
     )
@@ -109,6 +109,7 @@ def train_plain(
         data["y_train"],
         epochs=epochs,
         validation_data=(data["x_test"], data["y_test"]),
+        validation_batch_size=500,
         verbose=0,
         callbacks=[clock],
     )
@@ -122,6 +123,7 @@ def train_accelerated(
     epochs: int = EPOCHS,
     batch_size: int = BATCH_SIZE,
     max_learning_rate: float = MAX_LEARNING_RATE,
+    warmup: float = WARMUP,
     seed: int = 0,
     report: Report | None = None,
     accelerator: Accelerator | None = None,
@@ -138,6 +140,6 @@ def train_accelerated(
         epochs=epochs,
         validation_data=accelerator.dataset(data["x_test"], data["y_test"], batch_size=500, shuffle=False),
         verbose=0,
-        callbacks=[OneCycle(max_learning_rate), clock],
+        callbacks=[OneCycle(max_learning_rate, warmup=warmup), clock],
     )
     return model, clock

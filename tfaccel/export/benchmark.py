@@ -68,7 +68,7 @@ def benchmark_tflite(path: str | os.PathLike, *, runs: int = 200, num_threads: i
         The interpreter's own tool measures the same: https://ai.google.dev/edge/litert/models/measurement.
     """
     for name, value in (("runs", runs), ("num_threads", num_threads)):
-        if value < 1:
+        if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not usable. Allowed: an integer ≥ 1. Try 200 runs.")
     runner = TFLiteRunner(path, num_threads)
     details = runner.input_details

@@ -8,7 +8,13 @@ from typing import Any
 import keras
 
 from tfaccel.export.recipes import find_recipe
-from tfaccel.export.tflite import TFLiteFile, check_arguments, check_path, export_tflite
+from tfaccel.export.tflite import (
+    TFLiteFile,
+    check_arguments,
+    check_data,
+    check_path,
+    export_tflite,
+)
 from tfaccel.keras_fixes.callback_siblings import siblings
 
 
@@ -66,6 +72,8 @@ class ExportTFLite(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks that no callback behind this one changes the weights at the end."""
         self.file = None
+        if self.model.built:
+            check_data(self.model, self.calibration, self.evaluate, self.max_drop, self.input_signature)
         others = siblings(self)
         for other in others[others.index(self) + 1 :]:
             if _changes_weights_at_end(other):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +53,7 @@ def collect_samples(data: Any, specs: list[tf.TensorSpec], limit: int | None, *,
     rows = 0
     for batch in _batches(data, specs, limit):
         x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        arrays = tuple(np.asarray(leaf) for leaf in keras.tree.flatten(x))
+        arrays = tuple(np.asarray(leaf) for leaf in _by_name(x, specs, argument))
         _check_batch(arrays, specs, argument)
         inputs.append(arrays)
         labels.append(y)
@@ -88,6 +89,11 @@ def make_up_samples(specs: list[tf.TensorSpec], rows: int = 16) -> Samples:
 
 def _batches(data: Any, specs: list[tf.TensorSpec], limit: int | None) -> Iterator[Any]:
     if isinstance(data, tf.data.Dataset):
+        if limit is None and data.cardinality() == tf.data.INFINITE_CARDINALITY:
+            raise ValueError(
+                "The dataset has no end, and all of it would be scored. Allowed: a finite one. Use "
+                "dataset.take(batches)."
+            )
         spec = keras.tree.flatten(data.element_spec)[0]
         # A single sample has one axis less than the model's input, which has the batch axis.
         single = spec.shape.rank is not None and spec.shape.rank == specs[0].shape.rank - 1
@@ -103,6 +109,26 @@ def _batches(data: Any, specs: list[tf.TensorSpec], limit: int | None) -> Iterat
             f"{type(data).__name__} is not data that samples can be taken from. Allowed: arrays, "
             "(x, y), tf.data.Dataset, keras.utils.PyDataset. Turn a generator into a dataset."
         )
+
+
+def _by_name(x: Any, specs: list[tf.TensorSpec], argument: str) -> list[Any]:
+    """The arrays in the order of the model's inputs; a flat dict goes by the inputs' names."""
+    if not isinstance(x, dict) or any(isinstance(v, dict | list | tuple) for v in x.values()):
+        return keras.tree.flatten(x)
+    named = {clean_name(name): array for name, array in x.items()}
+    names = [spec.name for spec in specs]
+    if set(named) != set(names):
+        raise ValueError(
+            f"{argument} has inputs named {sorted(x)}, the model {sorted(names)}. Allowed: the model's "
+            "names. Rename the keys."
+        )
+    return [named[name] for name in names]
+
+
+def clean_name(name: str) -> str:
+    """A name that a SavedModel argument may have."""
+    cleaned = re.sub(r"\W", "_", name).lstrip("_")
+    return cleaned if cleaned and not cleaned[0].isdigit() else f"input_{cleaned}"
 
 
 def _check_batch(arrays: tuple[np.ndarray, ...], specs: list[tf.TensorSpec], argument: str) -> None:

@@ -62,22 +62,37 @@ def measure_scores(serving: ServingFunction, runner: TFLiteRunner, evaluate: Any
     def predict_file(samples: Samples) -> dict[str, np.ndarray]:
         return runner.predict(samples, names)
 
-    if callable(evaluate) and not isinstance(evaluate, keras.utils.PyDataset):
+    if is_function(evaluate):
         roads = (_for_user(serving.predict, serving), _for_user(predict_file, serving))
         of_model, of_file = (float(evaluate(road)) for road in roads)
         return Score(of_model, of_file)
     data, argument = (calibration, "calibration") if evaluate is None else (evaluate, "evaluate")
     samples = collect_samples(data, serving.specs, None, argument=argument)
+    labels = labels_of(samples, argument)
+    scores = []
+    for predict in (serving.predict, predict_file):
+        outputs = list(predict(samples).values())
+        scores.append(accuracy(labels, outputs))
+    return Score(scores[0], scores[1], len(samples))
+
+
+def is_function(evaluate: Any) -> bool:
+    """Whether `evaluate` is the user's own function rather than data."""
+    return callable(evaluate) and not isinstance(evaluate, keras.utils.PyDataset)
+
+
+def labels_of(samples: Samples, argument: str) -> np.ndarray:
+    """The samples' labels.
+
+    Raises:
+        ValueError: They have none.
+    """
     if samples.labels is None:
         raise ValueError(
             f"{argument} has no labels to score with. Allowed: (x, y), a dataset of (x, y), or a "
             "function. Pass evaluate=(x_test, y_test)."
         )
-    scores = []
-    for predict in (serving.predict, predict_file):
-        outputs = list(predict(samples).values())
-        scores.append(accuracy(samples.labels, outputs))
-    return Score(scores[0], scores[1], len(samples))
+    return samples.labels
 
 
 def _for_user(predict: Predict, serving: ServingFunction) -> Callable:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.export.errors import ExportError
-from tfaccel.export.samples import Samples
+from tfaccel.export.samples import Samples, clean_name
 
 
 class ServingFunction:
@@ -38,7 +36,7 @@ class ServingFunction:
             )
         self.model = model
         self.structure = input_signature if input_signature is not None else _inputs_of(model)
-        self.specs = _name_inputs(keras.tree.flatten(self.structure))
+        self.specs = _name_inputs(self.structure)
         self._concrete: Any = None
 
     def _call(self, *flat: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -91,20 +89,28 @@ def _inputs_of(model: keras.Model) -> Any:
     return tf.TensorSpec([None, *shape[1:]], keras.config.floatx())
 
 
-def _name_inputs(leaves: list[Any]) -> list[tf.TensorSpec]:
-    specs, taken = [], set()
-    for index, leaf in enumerate(leaves):
-        name = _clean(getattr(leaf, "name", None) or f"input_{index}")
-        name = name if name not in taken else f"{name}_{index}"
-        taken.add(name)
-        specs.append(tf.TensorSpec([None, *tuple(leaf.shape)[1:]], leaf.dtype, name=name))
-    return specs
+def _name_inputs(structure: Any) -> list[tf.TensorSpec]:
+    leaves = keras.tree.flatten(structure)
+    names = [getattr(leaf, "name", None) or f"input_{i}" for i, leaf in enumerate(leaves)]
+    if isinstance(structure, dict) and len(structure) == len(leaves):
+        names = sorted(structure)  # the order in which keras.tree flattens a dict
+    return [
+        tf.TensorSpec([None, *tuple(leaf.shape)[1:]], leaf.dtype, name=name)
+        for leaf, name in zip(leaves, _unique(names), strict=True)
+    ]
 
 
 def _name_outputs(outputs: Any) -> dict[str, tf.Tensor]:
-    if isinstance(outputs, dict):
-        return {_clean(name): value for name, value in outputs.items()}
-    return {f"output_{i}": value for i, value in enumerate(keras.tree.flatten(outputs))}
+    leaves = keras.tree.flatten(outputs)
+    names = [f"output_{i}" for i in range(len(leaves))]
+    if isinstance(outputs, dict) and len(outputs) == len(leaves):
+        names = sorted(outputs)
+    return dict(zip(_unique(names), leaves, strict=True))
+
+
+def _unique(names: list[str]) -> list[str]:
+    cleaned = [clean_name(name) for name in names]
+    return [n if cleaned.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(cleaned)]
 
 
 def _copies(variables: list[keras.Variable]) -> list[tf.Variable]:
@@ -112,63 +118,5 @@ def _copies(variables: list[keras.Variable]) -> list[tf.Variable]:
     return [tf.Variable(value, trainable=False, name=f"weight_{i}") for i, value in enumerate(values)]
 
 
-def _clean(name: str) -> str:
-    """A name that a SavedModel argument may have."""
-    cleaned = re.sub(r"\W", "_", name).lstrip("_")
-    return cleaned if cleaned and not cleaned[0].isdigit() else f"input_{cleaned}"
-
-
 def _as_numpy(tensor: tf.Tensor) -> np.ndarray:
     return tf.cast(tensor, tf.float32).numpy() if tensor.dtype.is_floating else tensor.numpy()
-
-
-def float32_twin(model: keras.Model, samples: Samples | None = None) -> keras.Model:
-    """A copy of `model` that computes in float32 with the same weights; `model` itself if it does.
-
-    The converter has no kernels for float16 or bfloat16 graphs (tensorflow/tensorflow#46380). The
-    weights of a mixed-precision model are float32 already: only the computation changes.
-
-    Raises:
-        ExportError: The model can't be made again from its config.
-    """
-    layers = _all_layers(model)
-    if all(layer.compute_dtype in ("float32", None) for layer in layers):
-        return model
-    custom = {type(layer).__name__: type(layer) for layer in layers}
-    previous = keras.config.dtype_policy()
-    try:
-        keras.config.set_dtype_policy("float32")
-        with keras.saving.custom_object_scope(custom):
-            twin = type(model).from_config(_in_float32(model.get_config()))
-        if not twin.built and samples is not None:
-            twin(*(array[:1] for array in samples.inputs))
-        twin.set_weights(model.get_weights())
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ExportError(
-            f"{model.name!r} computes in half precision, which TFLite can't, and a float32 copy could "
-            "not be made from its config. Give the model a get_config(), or build it under "
-            f'precision="float32" and load the weights. ({error})'
-        ) from error
-    finally:
-        keras.config.set_dtype_policy(previous)
-    return twin
-
-
-def _all_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    found, queue = [], [model]
-    while queue:
-        layer = queue.pop()
-        found.append(layer)
-        queue.extend(getattr(layer, "layers", []))
-    return found
-
-
-def _in_float32(config: Any) -> Any:
-    """The config with every serialised dtype policy replaced by float32."""
-    if isinstance(config, dict):
-        if config.get("class_name") == "DTypePolicy":
-            return {**config, "config": {**config["config"], "name": "float32"}}
-        return {key: _in_float32(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return type(config)(_in_float32(value) for value in config)
-    return config

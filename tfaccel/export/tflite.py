@@ -26,8 +26,9 @@ from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.recipes import Recipe, find_recipe
 from tfaccel.export.samples import Samples, collect_samples, make_up_samples
-from tfaccel.export.scoring import Score, measure_scores
-from tfaccel.export.serving import ServingFunction, float32_twin
+from tfaccel.export.scoring import Score, accuracy, is_function, labels_of, measure_scores
+from tfaccel.export.serving import ServingFunction
+from tfaccel.keras_fixes.half_precision import computes_in_half_precision, computing_in_float32
 
 CALIBRATION_SAMPLES = 500
 
@@ -74,7 +75,7 @@ def export_tflite(
 ) -> TFLiteFile:
     """Writes a TFLite file of the model that has been run in LiteRT and compared with the model.
 
-    The model itself is not changed. A mixed-precision model is converted through a float32 copy. The
+    The model itself is not changed. A mixed-precision model is traced in float32, with the same weights. The
     batch size stays open. The file is written beside its place and renamed: a failure leaves an older
     file as it was.
 
@@ -116,12 +117,11 @@ def export_tflite(
     check_arguments(chosen, calibration, evaluate, max_drop)
     reference = ServingFunction(model, input_signature)
     samples = _samples(reference, calibration)
-    twin = float32_twin(model, samples)
-    serving = reference if twin is model else ServingFunction(twin, input_signature)
-    content = convert(serving, chosen, samples)
+    with computing_in_float32(model):
+        content = convert(ServingFunction(model, input_signature), chosen, samples)
     runner = TFLiteRunner(content)
     figures = compare_outputs(reference, runner, samples)
-    check_parity(figures, chosen, mixed_precision=twin is not model)
+    check_parity(figures, chosen, mixed_precision=computes_in_half_precision(model))
     score = None
     if evaluate is not None or max_drop is not None:
         score = measure_scores(reference, runner, evaluate, calibration)
@@ -172,6 +172,23 @@ def check_arguments(recipe: Recipe, calibration: Any, evaluate: Any, max_drop: f
             "max_drop was given without data to measure it on. Allowed: evaluate=(x, y), a dataset of "
             "(x, y), a function, or calibration= with labels."
         )
+
+
+def check_data(
+    model: keras.Model, calibration: Any, evaluate: Any, max_drop: float | None, input_signature: Any
+) -> None:
+    """Looks at one row of the data, so that what can't be used is known before a training.
+
+    Raises:
+        ValueError: Data of another shape, without labels, or outputs that have no accuracy.
+    """
+    serving = ServingFunction(model, input_signature)
+    if calibration is not None:
+        collect_samples(calibration, serving.specs, 1, argument="calibration")
+    if (evaluate is not None or max_drop is not None) and not is_function(evaluate):
+        data, argument = (calibration, "calibration") if evaluate is None else (evaluate, "evaluate")
+        samples = collect_samples(data, serving.specs, 1, argument=argument)
+        accuracy(labels_of(samples, argument), list(serving.predict(samples).values()))
 
 
 def _samples(serving: ServingFunction, calibration: Any) -> Samples:

@@ -9,6 +9,7 @@ that is saved, restored, logged by TensorBoard and serialised as a plain number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ def drive(
     learning_rate: Curve,
     momentum: Curve | None,
     start: int,
+    resting_learning_rate: float,
 ) -> Callable[[], None]:
     """Makes each update use `learning_rate(step)` and `momentum(step)`; gives back the undo.
 
@@ -47,9 +49,9 @@ def drive(
         learning_rate: From the step (scalar float32 tensor) to the learning rate.
         momentum: The same for momentum, or None to leave it alone.
         start: The value of `optimizer.iterations` that counts as step 0.
+        resting_learning_rate: What the undo puts back, unless the user has set another meanwhile.
     """
     original = optimizer.apply
-    resting_learning_rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
     name = momentum_name(optimizer) if momentum is not None else None
     resting_momentum = getattr(optimizer, name) if name else 0.0
 
@@ -70,7 +72,12 @@ def drive(
 
     def undo() -> None:
         del optimizer.apply
-        optimizer.learning_rate = resting_learning_rate
+        now = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+        step = float(keras.ops.convert_to_numpy(optimizer.iterations)) - start
+        # The last update was asked for this step, or for the one before.
+        driven = [float(learning_rate(tf.constant(s, tf.float32))) for s in (step, step - 1)]
+        if any(math.isclose(now, value, rel_tol=1e-3, abs_tol=1e-12) for value in driven):
+            optimizer.learning_rate = resting_learning_rate
 
     optimizer.apply = apply
     return undo

@@ -6,6 +6,8 @@ a forgotten detach in another is the bug that this file rules out.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,9 @@ import keras
 import tensorflow as tf
 
 from tfaccel.fit._optimizer import Curve, drive, inner_optimizer, momentum_name
-from tfaccel.fit._session import Attachment
+from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.keras_fixes.callback_siblings import siblings
+from tfaccel.keras_fixes.whole_executions import check_whole_executions
 
 WRITERS = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
 
@@ -57,11 +60,19 @@ class ScheduleCallback(keras.callbacks.Callback):
         """The momentum at `progress`; None leaves the optimizer's own."""
         return None
 
+    def set_model(self, model: keras.Model) -> None:
+        """Notes the optimizer's own rate, before any callback can restore another from a backup."""
+        super().set_model(model)
+        detach_leftovers(model)
+        check_optimizer(self)
+        rate = inner_optimizer(model.optimizer).learning_rate
+        self._resting_learning_rate = float(keras.ops.convert_to_numpy(rate))
+
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks, before the first step, that the schedule can be followed to the end."""
         self._attachment = None
-        check_optimizer(self)
         check_siblings(self)
+        check_whole_executions(self)
         self._updates_per_epoch()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -86,6 +97,7 @@ class ScheduleCallback(keras.callbacks.Callback):
             along(self.learning_rate_at),
             along(self.momentum_at) if has_momentum and momentum_name(optimizer) else None,
             start=iterations - int(per_epoch * epoch),
+            resting_learning_rate=self._resting_learning_rate,
         )
         self._attachment = Attachment(self.model, undo)
 
@@ -118,6 +130,11 @@ class ScheduleCallback(keras.callbacks.Callback):
 def check_optimizer(callback: keras.callbacks.Callback) -> None:
     """Raises ValueError where the optimizer has no learning-rate variable to drive."""
     optimizer = inner_optimizer(callback.model.optimizer)
+    if hasattr(optimizer, "optimizers"):
+        raise ValueError(
+            f"{type(callback).__name__} can't drive a {type(optimizer).__name__}: it has a learning rate for "
+            "each of its optimizers. Allowed: one optimizer. Give each its own schedule instead."
+        )
     # With a LearningRateSchedule, Keras gives back a tensor computed for this moment.
     if not isinstance(optimizer.learning_rate, keras.Variable):
         raise ValueError(
@@ -144,6 +161,10 @@ def _check(
     fractions: tuple[float, float],
     steps_per_epoch: int | None,
 ) -> None:
+    fields = {"max_learning_rate": max_learning_rate, "warmup": warmup, "warmup_epochs": warmup_epochs}
+    for name, value in fields.items():
+        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            _refuse(name, value, "a finite number", "Leave it out for the default, or give a float.")
     if not max_learning_rate > 0:
         _refuse("max_learning_rate", max_learning_rate, "a number > 0", "Try 1e-2 with Adam.")
     if warmup is not None and warmup_epochs is not None:
@@ -155,7 +176,7 @@ def _check(
     for name, value in zip(("initial_fraction", "final_fraction"), fractions, strict=True):
         if not 0 <= value <= 1:
             _refuse(name, value, "a fraction of max_learning_rate, 0..1", "1 keeps it constant.")
-    if steps_per_epoch is not None and steps_per_epoch < 1:
+    if steps_per_epoch is not None and not (isinstance(steps_per_epoch, int) and steps_per_epoch >= 1):
         _refuse("steps_per_epoch", steps_per_epoch, "an integer ≥ 1", "Leave it out to ask fit.")
 
 

@@ -46,6 +46,12 @@ class Attachment:
         model.make_train_function(force=True)
 
 
+def detach_leftovers(model: keras.Model) -> None:
+    """Takes off what an interrupted fit left on the model."""
+    for attachment in reversed(list(_attached.get(model, ()))):
+        attachment.detach()
+
+
 def _watch_for_next_fit(model: keras.Model) -> None:
     """Lets the next `fit` (or `train_on_batch`) begin by detaching what an interrupted one left."""
     original = type(model).make_train_function
@@ -57,8 +63,7 @@ def _watch_for_next_fit(model: keras.Model) -> None:
             raise ReferenceError("the model of this train function is gone")
         # `fit` never forces; callbacks that want a retrace do.
         if not force:
-            for attachment in reversed(list(_attached[model])):
-                attachment.detach()
+            detach_leftovers(model)
         return original(model, force)
 
     model.make_train_function = make_train_function

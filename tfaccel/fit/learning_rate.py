@@ -117,8 +117,8 @@ class OneCycle(ScheduleCallback):
         fractions = (initial_fraction, final_fraction)
         super().__init__(max_learning_rate, warmup, warmup_epochs, 0.3, fractions, steps_per_epoch)
         if momentum_range is not None:
-            lowest, highest = momentum_range
-            if not 0 <= lowest <= highest < 1:
+            given = momentum_range if isinstance(momentum_range, tuple | list) else ()
+            if len(given) != 2 or not 0 <= given[0] <= given[1] < 1:
                 raise ValueError(
                     f"momentum_range={momentum_range!r} is not usable. Allowed: (lowest, highest) with "
                     "0 ≤ lowest ≤ highest < 1, or None. Take (0.85, 0.95)."

@@ -1,7 +1,8 @@
 """How fast a run is and whether it waits for its input, in the logs of every epoch.
 
 When to use: always while a run is set up; its cost is one small stage in the input pipeline and one
-reading per epoch. Validation and the first execution (tracing, compiling) are left out of the rates.
+reading per epoch. Validation is left out of the rates, and so is the first execution (tracing, compiling)
+where the epoch has more than one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from tfaccel.keras_fixes.input_clock import InputClock, watch_running_fit
+from tfaccel.keras_fixes.whole_executions import check_whole_executions
 
 
 def rates(
@@ -92,6 +94,7 @@ class Throughput(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Puts the clock into the input pipeline."""
+        check_whole_executions(self)
         self._clock = watch_running_fit(self)
         self._epochs_done = 0
         self._started = time.time()

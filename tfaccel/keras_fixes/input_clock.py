@@ -81,19 +81,24 @@ class InputClock:
         return Reading(*map(float, self._totals.numpy()))
 
 
+def running_epoch_iterator() -> Any:
+    """What `fit` draws its batches from, found from inside a hook; None outside of a `fit`."""
+    frame = inspect.currentframe()
+    try:
+        while frame is not None and "epoch_iterator" not in frame.f_locals:
+            frame = frame.f_back
+        return frame.f_locals["epoch_iterator"] if frame is not None else None
+    finally:
+        del frame
+
+
 def watch_running_fit(callback: keras.callbacks.Callback) -> InputClock | None:
     """Puts a clock into the pipeline of the `fit` that called `callback`'s hook.
 
     Call it from `on_train_begin`: the iterator is made after that. None where the pipeline can't be
     watched (it is distributed over replicas), or where no `fit` is on the call stack.
     """
-    frame = inspect.currentframe()
-    try:
-        while frame is not None and "epoch_iterator" not in frame.f_locals:
-            frame = frame.f_back
-        epoch_iterator = frame.f_locals["epoch_iterator"] if frame is not None else None
-    finally:
-        del frame
+    epoch_iterator = running_epoch_iterator()
     dataset = getattr(epoch_iterator, "_distributed_dataset", None)
     if epoch_iterator is None or not isinstance(dataset, tf.data.Dataset):
         return None

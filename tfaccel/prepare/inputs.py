@@ -70,7 +70,8 @@ def make_dataset(
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
     data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
     data = data if isinstance(data, tuple) else (data,)
-    data = keras.tree.map_structure(_as_array, data, none_is_leaf=False)
+    # tf.data stacks a list into one tensor; a tuple stays a structure.
+    data = keras.tree.lists_to_tuples(keras.tree.map_structure(_as_array, data, none_is_leaf=False))
     samples = _count_samples(data)
     return slice_batches(data, samples, int(batch_size or DEFAULT_BATCH_SIZE), shuffle)
 
@@ -88,7 +89,8 @@ def slice_batches(data: Any, samples: int, batch_size: int, shuffle: bool) -> tf
         A dataset of known length `ceil(samples / batch_size)`.
     """
     floatx = keras.config.floatx()
-    tensors = keras.tree.map_structure(tf.convert_to_tensor, data, none_is_leaf=False)
+    with tf.device("CPU:0"):  # the data set may be larger than a GPU's memory
+        tensors = keras.tree.map_structure(tf.convert_to_tensor, data, none_is_leaf=False)
     # Without a partial batch the batch size is static: XLA then compiles once.
     static_size = batch_size if samples % batch_size == 0 else None
 
@@ -159,17 +161,23 @@ def from_generator(generator: Iterator) -> tf.data.Dataset:
             "The generator is empty. Allowed: at least one batch. A generator can be read only "
             "once: make a new one."
         ) from None
-    if not isinstance(first, tuple):
-        first = (first,)
+    # Two batches tell which sizes vary (padded sentences); more than Keras looks at are not read.
+    peeked = [_as_batch(batch) for batch in (first, *itertools.islice(generator, 1))]
 
-    def to_spec(leaf: Any) -> tf.TensorSpec:
-        array = _as_array(leaf)
-        dtype = keras.config.floatx() if np.issubdtype(array.dtype, np.floating) else array.dtype
-        return tf.TensorSpec([None, *array.shape[1:]], dtype)
+    def to_spec(*leaves: Any) -> tf.TensorSpec:
+        arrays = [_as_array(leaf) for leaf in leaves]
+        kind = arrays[0].dtype
+        dtype = keras.config.floatx() if np.issubdtype(kind, np.floating) else kind
+        sizes = [set(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True)]
+        return tf.TensorSpec([None, *(size.pop() if len(size) == 1 else None for size in sizes)], dtype)
 
-    spec = keras.tree.map_structure(to_spec, first, none_is_leaf=False)
-    batches = itertools.chain([first], (b if isinstance(b, tuple) else (b,) for b in generator))
+    spec = keras.tree.map_structure(to_spec, *peeked, none_is_leaf=False)
+    batches = itertools.chain(peeked, map(_as_batch, generator))
     return tf.data.Dataset.from_generator(lambda: batches, output_signature=spec)
+
+
+def _as_batch(batch: Any) -> tuple:
+    return keras.tree.lists_to_tuples(batch if isinstance(batch, tuple) else (batch,))
 
 
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -193,6 +201,11 @@ def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, tf.Tensor):
         return leaf
     array = np.asarray(leaf)
+    if type(leaf).__module__.startswith("pandas"):
+        # As `fit` has it: a frame of several numeric types is floats, a series is a column.
+        numeric = all(dtype.kind in "biuf" for dtype in np.atleast_1d(leaf.dtypes))
+        array = leaf.to_numpy(keras.config.floatx()) if array.dtype == object and numeric else array
+        array = array[:, None] if array.ndim == 1 else array
     if array.dtype == object:
         raise ValueError(
             "An array has dtype object (rows of different lengths, or mixed types). Allowed: "

@@ -58,6 +58,10 @@ def choose_strategy(
             ", ".join(map(repr, NAMES)) + " or a tf.distribute.Strategy object",
             'Leave it out ("auto") to have it chosen.',
         )
+    if tf.distribute.has_strategy():
+        if requested == "auto":
+            return Choice(tf.distribute.get_strategy(), "the scope that you are in", by_user=True)
+        raise refuse("strategy", requested, "'auto' inside of a strategy's scope", "Make it outside.")
     if requested == "auto":
         return _automatic(devices, environment, connect_tpu)
     if requested == "one_device":
@@ -162,7 +166,13 @@ def _named_tpu(devices: Devices, connect_tpu: Callable[[], tf.distribute.Strateg
             'libtpu). Allowed: "auto", "one_device", "mirrored", "multi_worker". Set TPU_NAME, or '
             "pass a TPUStrategy that you made yourself."
         )
-    return Choice(connect_tpu(), "you asked for a TPU and it answered", by_user=True)
+    try:
+        return Choice(connect_tpu(), "you asked for a TPU and it answered", by_user=True)
+    except (OSError, RuntimeError, tf.errors.OpError) as error:
+        raise ValueError(
+            f'strategy="tpu" was asked for, but the TPU did not answer: {error}. Allowed: a TPU that is '
+            'reachable. Check TPU_NAME, or take strategy="auto".'
+        ) from error
 
 
 _TPU_PROBE = """
