@@ -9,7 +9,8 @@ median of all turns and its quartiles are printed. The first fits (tracing) are 
 Rows: `plain`: bare Keras against itself, which shows the noise. `accelerator`: built and compiled under
 `Accelerator("one_device", "float32", jit=False, kernels="plain")`, the same arrays. `throughput`: bare
 Keras with the Throughput callback. `one_cycle`: with OneCycle at strength zero. `choices`: what
-`Accelerator()` chooses here, with its dataset: below 1 is faster.
+`Accelerator()` chooses here, with its dataset, against bare Keras: below 1 is faster. `choices+throughput`:
+the callback on top of those choices, against `choices`.
 """
 
 import argparse
@@ -74,6 +75,11 @@ def main():
             "throughput": (make(stack), (x, y), lambda: [tfaccel.Throughput()]),
             "one_cycle": (make(stack), (x, y), lambda: [tfaccel.OneCycle(1e-3, **flat)]),
             "choices": (make(stack, chosen), (chosen.dataset(x, y),), list),
+            "choices+throughput": (
+                make(stack, chosen),
+                (chosen.dataset(x, y),),
+                lambda: [tfaccel.Throughput()],
+            ),
         }
         seconds = {row: [] for row in rows}
         for turn in range(options.turns + 2):
@@ -81,11 +87,13 @@ def main():
                 timer = Timer(seconds[row] if turn >= 2 else [])
                 model.fit(*arguments, verbose=0, callbacks=[*callbacks(), timer])
         for row in list(rows)[1:]:
-            ratios = sorted(a / b for a, b in zip(seconds[row], seconds["bare"], strict=True))
+            baseline = "choices" if row == "choices+throughput" else "bare"
+            ratios = sorted(a / b for a, b in zip(seconds[row], seconds[baseline], strict=True))
             print_row(
                 benchmark="overhead",
                 model=name,
                 row=row,
+                against=baseline,
                 bare_step_ms=round(1e3 * statistics.median(seconds["bare"]), 3),
                 ratio=round(statistics.median(ratios), 3),
                 quartiles=[round(float(np.quantile(ratios, q)), 3) for q in (0.25, 0.75)],
