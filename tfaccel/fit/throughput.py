@@ -1,8 +1,8 @@
 """How fast a run is and whether it waits for its input, in the logs of every epoch.
 
-When to use: while a run is set up. It costs one small stage in the input pipeline, 0.1 to 0.3 ms a batch on
-a 2-core machine (`benchmarks/overhead.py`), and one reading per epoch. Validation is left out of the rates, and so is the first execution (tracing, compiling)
-where the epoch has more than one.
+When to use: while a run is set up. It costs one small stage in the input pipeline, 0.1 to 0.3 ms a batch on a
+2-core machine (`benchmarks/overhead.py`), and one reading per epoch. Validation is left out of the rates, and
+so is the first execution (tracing, compiling) where the epoch has more than one.
 """
 
 from __future__ import annotations
