@@ -200,6 +200,7 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(held.fileno(), 2)
         try:
             yield
+        # Whatever leaves, Ctrl-C too, goes on; what was held back may say why.
         except BaseException:
             os.dup2(saved, 2)
             held.seek(0)

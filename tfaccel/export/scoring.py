@@ -66,7 +66,7 @@ def measure_scores(serving: ServingFunction, runner: TFLiteRunner, evaluate: Any
         roads = (_for_user(serving.predict, serving), _for_user(predict_file, serving))
         of_model, of_file = (float(evaluate(road)) for road in roads)
         return Score(of_model, of_file)
-    data, argument = (calibration, "calibration") if evaluate is None else (evaluate, "evaluate")
+    data, argument = scoring_data(evaluate, calibration)
     samples = collect_samples(data, serving.specs, None, argument=argument)
     labels = labels_of(samples, argument)
     scores = []
@@ -79,6 +79,11 @@ def measure_scores(serving: ServingFunction, runner: TFLiteRunner, evaluate: Any
 def is_function(evaluate: Any) -> bool:
     """Whether `evaluate` is the user's own function rather than data."""
     return callable(evaluate) and not isinstance(evaluate, keras.utils.PyDataset)
+
+
+def scoring_data(evaluate: Any, calibration: Any) -> tuple[Any, str]:
+    """The labelled data to score on, and the name of the argument that it came by."""
+    return (calibration, "calibration") if evaluate is None else (evaluate, "evaluate")
 
 
 def labels_of(samples: Samples, argument: str) -> np.ndarray:

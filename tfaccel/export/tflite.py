@@ -26,7 +26,14 @@ from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.recipes import Recipe, find_recipe
 from tfaccel.export.samples import Samples, collect_samples, make_up_samples
-from tfaccel.export.scoring import Score, accuracy, is_function, labels_of, measure_scores
+from tfaccel.export.scoring import (
+    Score,
+    accuracy,
+    is_function,
+    labels_of,
+    measure_scores,
+    scoring_data,
+)
 from tfaccel.export.serving import ServingFunction
 from tfaccel.keras_fixes.half_precision import computes_in_half_precision, computing_in_float32
 
@@ -186,7 +193,7 @@ def check_data(
     if calibration is not None:
         collect_samples(calibration, serving.specs, 1, argument="calibration")
     if (evaluate is not None or max_drop is not None) and not is_function(evaluate):
-        data, argument = (calibration, "calibration") if evaluate is None else (evaluate, "evaluate")
+        data, argument = scoring_data(evaluate, calibration)
         samples = collect_samples(data, serving.specs, 1, argument=argument)
         accuracy(labels_of(samples, argument), list(serving.predict(samples).values()))
 
