@@ -175,7 +175,7 @@ def test_float16_on_a_device_without_it_is_refused(monkeypatch):
         ({"strategy": "ddp"}, "strategy='ddp'"),
         ({"precision": "half"}, "precision='half'"),
         ({"jit": "maybe"}, "jit='maybe'"),
-        ({"kernels": "fused"}, "kernels='fused'"),
+        ({"kernels": "fast"}, "kernels='fast'"),
         ({"steps_per_execution": 0}, "steps_per_execution=0"),
         ({"strategy": "tpu"}, "no sign of a TPU"),
         ({"strategy": "multi_worker"}, "TF_CONFIG"),

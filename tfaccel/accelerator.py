@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfaccel.fast_kernels.kernels import accelerate_at_compile
 from tfaccel.keras_fixes import compile_checks
 from tfaccel.keras_fixes.compile_checks import is_distributed
 from tfaccel.prepare.choice import Choice
@@ -33,7 +34,9 @@ class Accelerator:
             `"mixed_float16"`, `"bfloat16"`, `"float16"`, `"float64"`) or a `keras.DTypePolicy`.
             Default `"auto"`.
         jit: `"auto"`, True or False: whether steps are compiled by XLA. Default `"auto"`.
-        kernels: `"auto"` or `"plain"`. `"plain"` is Keras's own step, bit for bit. Default `"auto"`.
+        kernels: `"auto"`, `"fused"` or `"plain"`. `"fused"` trains with compiled loops and fused
+            operations, each of which is used only once it agreed with Keras's own; `print(accelerator)`
+            says after `fit` which were. `"plain"` is Keras's own step, bit for bit. Default `"auto"`.
         steps_per_execution: `"auto"`, or how many steps one call into TensorFlow runs. Batch hooks of
             callbacks fire once per call. Default `"auto"`.
 
@@ -67,12 +70,13 @@ class Accelerator:
                 "KERAS_BACKEND=tensorflow before keras is imported."
             )
         self.devices = Devices.find()
-        # The cheap checks come first: making a strategy may start TensorFlow's runtime.
-        self._kernels = choose_kernels(kernels)
+        # The cheap check comes first: making a strategy may start TensorFlow's runtime.
         self._precision = choose_precision(precision, self.devices)
         self._strategy = choose_strategy(strategy, self.devices)
+        self._kernels = choose_kernels(kernels, self.devices, self.strategy)
         self._jit = choose_jit(jit, self.devices, self.strategy)
         self._steps = choose_steps_per_execution(steps_per_execution, kernels, self.strategy)
+        self._kernels_used: dict[str, str] = {}
 
     @property
     def strategy(self) -> tf.distribute.Strategy:
@@ -101,6 +105,13 @@ class Accelerator:
                 stack.enter_context(self.strategy.scope())
             keras.config.set_dtype_policy(self.precision)
             stack.enter_context(compile_checks.refuse_at_compile(self.strategy, self.precision))
+            if self._kernels.value == "fused":
+                accelerated = accelerate_at_compile(
+                    xla=self._jit.value if self._jit.by_user else None,
+                    growing_calls=not self._steps.by_user,
+                    report=self._kernels_used.__setitem__,
+                )
+                stack.enter_context(accelerated)
             yield self
 
     def dataset(
@@ -153,7 +164,8 @@ class Accelerator:
         rows = [(name, self.show(name), choice.reason) for name, choice in self.choices().items()]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
-        return "\n".join([str(self.devices), *lines])
+        used = [f"  {name}: {text}" for name, text in self._kernels_used.items()]
+        return "\n".join([str(self.devices), *lines, *(["kernels of the last fit", *used] if used else [])])
 
     def __repr__(self) -> str:
         """The call that makes the same choices again."""

@@ -198,8 +198,27 @@ def test_steps_per_execution_choices():
         choose_steps_per_execution(2, "auto", mirrored())
 
 
-def test_kernels_choices():
-    assert choose_kernels("plain").by_user
-    assert choose_kernels("auto").reason
-    with pytest.raises(ValueError, match="kernels='fused'"):
-        choose_kernels("fused")
+@pytest.mark.parametrize(
+    ("requested", "devices", "value"),
+    [
+        ("plain", CPU, "plain"),
+        ("auto", CPU, "fused"),
+        ("fused", CPU, "fused"),
+        ("auto", gpu(1, (8, 0)), "plain"),
+        ("fused", gpu(1, (8, 0)), "fused"),
+    ],
+)
+def test_kernels_follow_the_device(requested, devices, value):
+    choice = choose_kernels(requested, devices, tf.distribute.get_strategy())
+    assert choice.value == value
+    assert choice.reason
+    assert choice.by_user == (requested != "auto")
+
+
+def test_kernels_under_several_replicas():
+    mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    assert choose_kernels("auto", CPU, mirrored).value == "plain"
+    with pytest.raises(ValueError, match="kernels='fused' is not usable"):
+        choose_kernels("fused", CPU, mirrored)
+    with pytest.raises(ValueError, match="kernels='fast' is not usable"):
+        choose_kernels("fast", CPU, tf.distribute.get_strategy())

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import keras
 
 _attached: weakref.WeakKeyDictionary[keras.Model, list[Attachment]] = weakref.WeakKeyDictionary()
+_shadowed: weakref.WeakKeyDictionary[keras.Model, Callable | None] = weakref.WeakKeyDictionary()
 
 
 class Attachment:
@@ -42,7 +43,7 @@ class Attachment:
         undo()
         _attached[model].remove(self)
         if not _attached[model]:
-            del model.make_train_function
+            _stop_watching(model)
         model.make_train_function(force=True)
 
 
@@ -54,7 +55,8 @@ def detach_leftovers(model: keras.Model) -> None:
 
 def _watch_for_next_fit(model: keras.Model) -> None:
     """Lets the next `fit` (or `train_on_batch`) begin by detaching what an interrupted one left."""
-    original = type(model).make_train_function
+    # A bound method would keep the model alive; one that stands on the model itself doesn't.
+    own = vars(model).get("make_train_function")
     reference = weakref.ref(model)
 
     def make_train_function(force: bool = False) -> object:
@@ -64,6 +66,15 @@ def _watch_for_next_fit(model: keras.Model) -> None:
         # `fit` never forces; callbacks that want a retrace do.
         if not force:
             detach_leftovers(model)
-        return original(model, force)
+        return own(force) if own is not None else type(model).make_train_function(model, force)
 
+    _shadowed[model] = own
     model.make_train_function = make_train_function
+
+
+def _stop_watching(model: keras.Model) -> None:
+    own = _shadowed.pop(model)
+    if own is None:
+        del model.make_train_function
+    else:
+        model.make_train_function = own

@@ -1,8 +1,9 @@
 """How fast a run is and whether it waits for its input, in the logs of every epoch.
 
-When to use: while a run is set up. It costs one small stage in the input pipeline, 0.1 to 0.3 ms a batch on a
-2-core machine (`benchmarks/overhead.py`), and one reading per epoch. Validation is left out of the rates, and
-so is the first execution (tracing, compiling) where the epoch has more than one.
+When to use: any run. The compiled loops of an `Accelerator` count by themselves, so it costs one reading per
+epoch. A model that trains with Keras's own loop gets a small stage in its input pipeline, 0.1 to 0.3 ms a
+batch on a 2-core machine (`benchmarks/overhead.py`). Validation is left out of the rates, and so is the first
+execution (tracing, compiling) where the epoch has more than one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfaccel.keras_fixes.input_clock import InputClock, watch_running_fit
+from tfaccel.keras_fixes.input_clock import Clock, watch_running_fit
 from tfaccel.keras_fixes.whole_executions import check_whole_executions
 
 
@@ -90,7 +91,7 @@ class Throughput(keras.callbacks.Callback):
                 f"verbose={verbose!r} is not usable. Allowed: 0 or 1. Use 1 for a line an epoch."
             )
         self.verbose = verbose
-        self._clock: InputClock | None = None
+        self._clock: Clock | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Puts the clock into the input pipeline."""
@@ -134,7 +135,7 @@ class Throughput(keras.callbacks.Callback):
         reading = self._clock.read()
         skipped, since = 0, self._epoch_started
         if first_epoch and reading.steady_at > 0:
-            skipped, since = self.model.steps_per_execution, reading.steady_at
+            skipped, since = self._clock.skip, reading.steady_at
         return rates(reading.examples, reading.batches, trained_at - since, reading.waited_s, skipped)
 
     def __repr__(self) -> str:

@@ -19,29 +19,46 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import keras
 import tensorflow as tf
 
 
 @contextlib.contextmanager
-def refuse_at_compile(strategy: tf.distribute.Strategy, policy: keras.DTypePolicy) -> Iterator[None]:
-    """Makes `compile` refuse models of another scope for as long as the block lasts."""
-    original = keras.Model.compile
+def around_compile(wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Wraps the `compile` of every model for as long as the block lasts.
 
-    @functools.wraps(original)
-    def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
-        check_strategy(strategy)
-        check_built_inside(self, strategy, policy)
-        original(self, *args, **kwargs)
-        check_optimizer(self.optimizer, strategy)
+    It is wrapped on the class that defines it: where `Model.compile` differs from that, Keras takes it for a
+    user's own and `load_model` does not compile.
 
-    keras.Model.compile = compile
+    Args:
+        wrap: From `compile` to what is called instead, both with the model as first argument.
+    """
+    owner = next(kind for kind in keras.Model.__mro__ if "compile" in vars(kind))
+    original = owner.compile
+    owner.compile = functools.wraps(original)(wrap(original))
     try:
         yield
     finally:
-        keras.Model.compile = original
+        owner.compile = original
+
+
+def refuse_at_compile(
+    strategy: tf.distribute.Strategy, policy: keras.DTypePolicy
+) -> contextlib.AbstractContextManager[None]:
+    """Makes `compile` refuse models of another scope for as long as the block lasts."""
+
+    def wrap(original: Callable) -> Callable:
+        def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
+            check_strategy(strategy)
+            check_built_inside(self, strategy, policy)
+            original(self, *args, **kwargs)
+            check_optimizer(self.optimizer, strategy)
+
+        return compile
+
+    return around_compile(wrap)
 
 
 def check_strategy(strategy: tf.distribute.Strategy) -> None:

@@ -16,10 +16,12 @@ counts inside TensorFlow, with no Python per step. `fit` holds its pipeline in t
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import tensorflow as tf
+
+CLOCK_ATTRIBUTE = "tfaccel_clock"  # on an epoch iterator: a loop that counts by itself
 
 
 class Reading(NamedTuple):
@@ -38,6 +40,18 @@ class Reading(NamedTuple):
     steady_at: float
 
 
+class Clock(Protocol):
+    """What counts a `fit`; `skip` is the number of batches of the first execution."""
+
+    skip: int
+
+    def reset(self) -> None:
+        """Starts counting from zero."""
+
+    def read(self) -> Reading:
+        """What was counted since `reset()`."""
+
+
 class InputClock:
     """Counts waiting time and examples in the input pipeline of one `fit`.
 
@@ -46,6 +60,7 @@ class InputClock:
     """
 
     def __init__(self, skip: int):
+        self.skip = skip
         with tf.device("CPU:0"):
             self._skip = tf.constant(float(skip), tf.float64)
             self._totals = tf.Variable(tf.zeros([4], tf.float64), trainable=False)
@@ -92,13 +107,17 @@ def running_epoch_iterator() -> Any:
         del frame
 
 
-def watch_running_fit(callback: keras.callbacks.Callback) -> InputClock | None:
+def watch_running_fit(callback: keras.callbacks.Callback) -> Clock | None:
     """Puts a clock into the pipeline of the `fit` that called `callback`'s hook.
 
-    Call it from `on_train_begin`: the iterator is made after that. None where the pipeline can't be
-    watched (it is distributed over replicas), or where no `fit` is on the call stack.
+    Call it from `on_train_begin`: the iterator is made after that. A loop of `fast_kernels` counts by
+    itself, and its own clock is given. None where the pipeline can't be watched (it is distributed over
+    replicas), or where no `fit` is on the call stack.
     """
     epoch_iterator = running_epoch_iterator()
+    own = getattr(epoch_iterator, CLOCK_ATTRIBUTE, None)
+    if own is not None:
+        return own
     dataset = getattr(epoch_iterator, "_distributed_dataset", None)
     if epoch_iterator is None or not isinstance(dataset, tf.data.Dataset):
         return None

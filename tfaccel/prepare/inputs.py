@@ -28,6 +28,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfaccel.fast_kernels import resident
 from tfaccel.keras_fixes import shuffle_warning
 from tfaccel.prepare.choice import refuse
 
@@ -112,7 +113,9 @@ def slice_batches(data: Any, samples: int, batch_size: int, shuffle: bool) -> tf
     batches = orders(samples, shuffle).flat_map(one_epoch)
     length = math.ceil(samples / batch_size)
     # flat_map forgets the length; Keras, its progress bar and the schedules need it.
-    return _with_options(batches.apply(tf.data.experimental.assert_cardinality(length)))
+    dataset = _with_options(batches.apply(tf.data.experimental.assert_cardinality(length)))
+    resident.attach_to(dataset, tensors, samples, batch_size, shuffle)
+    return dataset
 
 
 def orders(samples: int, shuffle: bool) -> tf.data.Dataset:

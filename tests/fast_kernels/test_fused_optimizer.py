@@ -1,0 +1,140 @@
+"""The fused updates: every option against Keras's own update, with nothing left behind."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfaccel.fast_kernels import fused_optimizer
+from tfaccel.fast_kernels.agreement import UNITS, worst_disagreement
+
+optimizers = keras.optimizers
+EPS = float(np.finfo("float32").eps)
+
+FUSED = {
+    "adam": optimizers.Adam,
+    "amsgrad": lambda **options: optimizers.Adam(amsgrad=True, **options),
+    "adamw": lambda **options: optimizers.AdamW(weight_decay=0.02, **options),
+    "sgd": optimizers.SGD,
+    "momentum": lambda **options: optimizers.SGD(momentum=0.9, **options),
+    "nesterov": lambda **options: optimizers.SGD(momentum=0.9, nesterov=True, **options),
+    "rmsprop": lambda **options: optimizers.RMSprop(momentum=0.9, **options),
+    "centered": lambda **options: optimizers.RMSprop(momentum=0.9, centered=True, **options),
+    "adamax": optimizers.Adamax,
+    "adadelta": optimizers.Adadelta,
+}
+OPTIONS = {
+    "none": {},
+    "clipnorm": {"clipnorm": 0.5},
+    "global_clipnorm": {"global_clipnorm": 0.5},
+    "clipvalue": {"clipvalue": 0.1},
+    "ema": {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 3},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "schedule": {"learning_rate": optimizers.schedules.ExponentialDecay(0.01, 2, 0.5)},
+}
+
+
+def run(make, shapes, steps, seed, fuse, options=None, dtype="float32"):
+    """State after some updates of variables of the given shapes: weights, then optimizer variables."""
+    random = np.random.default_rng(seed)
+    starts = [random.normal(size=shape) for shape in shapes]
+    variables = [keras.Variable(start, dtype=dtype) for start in starts]
+    optimizer = make(**{"learning_rate": 0.01, **(options or {})})
+    optimizer.build(variables)
+    update = fused_optimizer.fused_update(optimizer)
+    assert not isinstance(update, str), update
+    for _ in range(steps):
+        scale = 10.0 ** random.uniform(-3, 1)
+        gradients = [tf.cast(scale * random.normal(size=shape), dtype) for shape in shapes]
+        if fuse:
+            with fused_optimizer.fused(optimizer, update):
+                optimizer.apply(gradients)
+        else:
+            optimizer.apply(gradients)
+    state = [np.asarray(v.numpy(), "float64") for v in [*variables, *optimizer.variables]]
+    before = starts + [np.zeros_like(a) for a in state[len(starts) :]]
+    return state, before
+
+
+# The op takes 1 - beta in float32: eps / (1 - 0.999) relative, and a few dozen roundings on top.
+TOLERANCE = EPS * (UNITS + 1000)
+
+
+@pytest.mark.parametrize("options", list(OPTIONS))
+@pytest.mark.parametrize("name", list(FUSED))
+def test_every_optimizer_with_every_option_agrees_with_keras(name, options):
+    shapes = [(7,), (3, 5), ()]
+    plain, before = run(FUSED[name], shapes, 5, 1, False, OPTIONS[options])
+    fused, _ = run(FUSED[name], shapes, 5, 1, True, OPTIONS[options])
+    assert worst_disagreement(plain, fused, before, TOLERANCE) <= 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(list(FUSED)),
+    shape=st.lists(st.integers(1, 9), max_size=4),
+    steps=st.integers(1, 6),
+    seed=st.integers(0, 2**20),
+    dtype=st.sampled_from(["float32", "float64"]),
+)
+def test_any_shape_and_dtype_agrees_with_keras(name, shape, steps, seed, dtype):
+    plain, before = run(FUSED[name], [tuple(shape)], steps, seed, False, dtype=dtype)
+    fused, _ = run(FUSED[name], [tuple(shape)], steps, seed, True, dtype=dtype)
+    assert worst_disagreement(plain, fused, before, TOLERANCE) <= 1
+
+
+@pytest.mark.parametrize(
+    "make", [optimizers.Lion, optimizers.Nadam, optimizers.Adagrad, optimizers.Lamb, optimizers.RMSprop]
+)
+def test_optimizers_without_an_op_say_why(make):
+    reason = fused_optimizer.fused_update(make())
+    assert isinstance(reason, str)
+    assert make.__name__ in reason
+
+
+def test_an_update_of_the_users_own_is_left_alone():
+    class Signed(optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            self.assign_sub(variable, 0.1 * tf.sign(gradient))
+
+    class Renamed(optimizers.Adam):
+        pass
+
+    assert isinstance(fused_optimizer.fused_update(Signed()), str)
+    assert fused_optimizer.fused_update(Renamed()) is fused_optimizer.fused_update(optimizers.Adam())
+
+
+def test_sparse_gradients_and_half_precision_take_keras_own_update():
+    calls = []
+    adam = optimizers.Adam()
+    table, half = keras.Variable(np.ones((4, 2)), dtype="float32"), keras.Variable([1.0], dtype="float16")
+    adam.build([table, half])
+    sparse = tf.IndexedSlices(tf.ones((1, 2)), tf.constant([2]), tf.constant([4, 2]))
+    with fused_optimizer.fused(adam, lambda *arguments: calls.append(arguments)):
+        adam.apply([sparse, tf.ones([1], tf.float16)])
+    assert calls == []
+    assert table.numpy()[2, 0] < 1
+    assert half.numpy()[0] < 1
+
+
+def test_nothing_stays_on_the_optimizer_after_an_exception():
+    adam = optimizers.Adam()
+    with pytest.raises(RuntimeError), fused_optimizer.fused(adam, lambda *_: None):
+        raise RuntimeError
+    assert "update_step" not in vars(adam)
+
+
+@pytest.mark.parametrize("name", list(FUSED))
+def test_the_probe_accepts_the_op_and_refuses_a_wrong_one(name):
+    optimizer = FUSED[name]()
+    config, update = optimizer.get_config(), fused_optimizer.fused_update(optimizer)
+    assert fused_optimizer.probe(optimizer, update) <= 1
+
+    def a_little_too_far(optimizer, gradient, variable, learning_rate):
+        update(optimizer, gradient, variable, learning_rate * 1.001)
+
+    assert fused_optimizer.probe(optimizer, a_little_too_far) > 1
+    assert optimizer.get_config() == config
+    assert not optimizer.built

@@ -1,0 +1,101 @@
+"""How far two ways to the same numbers may lie apart, and the probes that say whether they do.
+
+Two kernels that do the same mathematics differ by rounding: operations are fused or come in another order.
+For a sum of `n` terms the difference grows like `sqrt(n)` units in the last place; the chains here are a few
+dozen operations long, so a relative difference of 64 units in the last place of the *change* is far above
+rounding and far below any wrong factor, sign, axis or missing term. Where a value was stored, one rounding of
+the value itself comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+UNITS = 64
+
+
+def disagreement(plain: np.ndarray, other: np.ndarray, before: np.ndarray, tolerance: float) -> float:
+    """How often the difference of two results contains what is allowed; up to 1 they agree.
+
+    The norm of the difference is held against `tolerance · ‖plain − before‖`, plus two roundings of the
+    values themselves. Norms, because single elements whose gradient is rounding noise may go anywhere.
+
+    Args:
+        plain: The result of Keras's own operation.
+        other: The result of the kernel; same shape.
+        before: The value before the step; zeros for what is computed anew.
+        tolerance: The relative difference of the change that is allowed.
+
+    Returns:
+        A number ≥ 0; infinite where one of the results has NaN or infinity and the other hasn't.
+    """
+    plain, other, before = (np.asarray(a, np.float64) for a in (plain, other, before))
+    if not np.array_equal(np.isfinite(plain), np.isfinite(other)):
+        return np.inf
+    plain, other, before = (np.nan_to_num(a, posinf=0.0, neginf=0.0) for a in (plain, other, before))
+    difference = np.linalg.norm(plain - other)
+    stored = 2 * np.finfo(np.float32).eps * max(np.linalg.norm(plain), np.linalg.norm(before))
+    allowed = tolerance * np.linalg.norm(plain - before) + stored
+    return 0.0 if difference == 0 else float(difference / allowed) if allowed else np.inf
+
+
+def worst_disagreement(
+    plain: Sequence[np.ndarray], other: Sequence[np.ndarray], before: Sequence[np.ndarray], tolerance: float
+) -> float:
+    """The largest `disagreement` of several arrays."""
+    cases = zip(plain, other, before, strict=True)
+    return max((disagreement(a, b, c, tolerance) for a, b, c in cases), default=0.0)
+
+
+STEP_TOLERANCE = 1e-3  # sums of n terms differ by sqrt(n)·eps: 1e-4 for a million, and ten such in a row
+
+
+def same_step(
+    variables: Sequence[tf.Variable],
+    before: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray],
+    got: Sequence[np.ndarray],
+) -> str:
+    """Compares what two programs made of every variable in one training step.
+
+    Integers (seeds, counts) must be equal. A floating-point variable may differ by `STEP_TOLERANCE` of its
+    change. Some gradients are zero but for rounding (a bias before a normalization, the key bias of
+    attention): whatever rounding makes of them may differ, up to a thousandth of the change that a variable
+    of its kind and size has on average. Adam scales that noise up to a full step, so weights, told by their
+    being trainable, are held against the change of all weights together, at a tenth of it.
+
+    Args:
+        variables: Everything that a step changes.
+        before: Their values before the step.
+        expected: Their values after Keras's way.
+        got: Their values after the other way.
+
+    Returns:
+        An empty string, or a sentence that says what differs.
+    """
+    moved = [
+        np.linalg.norm(np.float64(b) - a) if _floats(a) else 0.0
+        for a, b in zip(before, expected, strict=True)
+    ]
+    trained = [variable.trainable for variable in variables]
+    whole = float(np.linalg.norm(np.array([m for m, t in zip(moved, trained, strict=True) if t])))
+    slots = [i for i, t in enumerate(trained) if not t and _floats(before[i]) and before[i].ndim > 0]
+    typical = max((moved[i] / np.sqrt(before[i].size) for i in slots), default=0.0)
+    for i, variable in enumerate(variables):
+        if not _floats(before[i]):
+            agrees = np.array_equal(expected[i], got[i])
+        else:
+            noise = 0.1 * whole if trained[i] else 1e-3 * typical * np.sqrt(before[i].size)
+            stored = 2 * np.finfo(np.float32).eps * np.linalg.norm(np.float64(expected[i]))
+            allowed = STEP_TOLERANCE * moved[i] + noise + stored
+            agrees = bool(np.linalg.norm(np.float64(expected[i]) - got[i]) <= allowed)
+        if not agrees:
+            return f"its {variable.name} differed from TensorFlow's after one step by more than rounding"
+    return ""
+
+
+def _floats(array: np.ndarray) -> bool:
+    return bool(np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16")

@@ -1,0 +1,223 @@
+"""One op per weight for the optimizer's update, where Keras 3 runs a dozen.
+
+Keras 3 writes its optimizers in backend-neutral operations: Adam is about 14 of them for each variable, each
+with its own pass over memory and its own scheduling. TensorFlow still has the fused training ops of Keras 2.
+They are called here on the user's own optimizer object and its own slot variables, in place of
+`optimizer.update_step` only; so clipping, weight decay, EMA, accumulation, loss scaling, constraints,
+`iterations`, `get_config` and saving stay what they are. Keras's own update is used for sparse gradients,
+for half-precision variables, and for optimizers without such an op (Adagrad, Nadam, Lion, Lamb, RMSprop
+without momentum: Keras adds epsilon at another place, or TensorFlow's op needs a slot that Keras hasn't).
+
+Measured by `benchmarks/step_time.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfaccel.fast_kernels.agreement import UNITS, worst_disagreement
+
+Update = Callable[[Any, Any, tf.Variable, Any], None]
+
+
+def _adam(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+    """Kingma & Ba (2015), https://arxiv.org/abs/1412.6980, in the order of section 2's last paragraph."""
+    number = functools.partial(tf.cast, dtype=variable.dtype)
+    step = number(optimizer.iterations) + 1
+    beta_1, beta_2 = number(optimizer.beta_1), number(optimizer.beta_2)
+    arguments = {
+        "var": variable.handle,
+        "m": _slot(optimizer, "_momentums", variable),
+        "v": _slot(optimizer, "_velocities", variable),
+        "beta1_power": beta_1**step,
+        "beta2_power": beta_2**step,
+        "lr": number(learning_rate),
+        "beta1": beta_1,
+        "beta2": beta_2,
+        "epsilon": number(optimizer.epsilon),
+        "grad": gradient,
+    }
+    if optimizer.amsgrad:
+        vhat = _slot(optimizer, "_velocity_hats", variable)
+        tf.raw_ops.ResourceApplyAdamWithAmsgrad(vhat=vhat, **arguments)
+    else:
+        tf.raw_ops.ResourceApplyAdam(**arguments)
+
+
+def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+    """Sutskever et al. (2013), http://proceedings.mlr.press/v28/sutskever13.html, as Keras has it."""
+    number = functools.partial(tf.cast, dtype=variable.dtype)
+    if optimizer.momentum == 0:
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=variable.handle, alpha=number(learning_rate), delta=gradient
+        )
+        return
+    tf.raw_ops.ResourceApplyKerasMomentum(
+        var=variable.handle,
+        accum=_slot(optimizer, "momentums", variable),
+        lr=number(learning_rate),
+        grad=gradient,
+        # A schedule may cycle it: then it is a tensor that poses as a float.
+        momentum=number(tf.convert_to_tensor(optimizer.momentum)),
+        use_nesterov=optimizer.nesterov,
+    )
+
+
+def _rmsprop(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+    """Hinton (2012), lecture 6e; centered: Graves (2013), https://arxiv.org/abs/1308.0850, eq. 38 to 45."""
+    number = functools.partial(tf.cast, dtype=variable.dtype)
+    arguments = {
+        "var": variable.handle,
+        "ms": _slot(optimizer, "_velocities", variable),
+        "mom": _slot(optimizer, "_momentums", variable),
+        "lr": number(learning_rate),
+        "rho": number(optimizer.rho),
+        "momentum": number(optimizer.momentum),
+        "epsilon": number(optimizer.epsilon),
+        "grad": gradient,
+    }
+    if optimizer.centered:
+        tf.raw_ops.ResourceApplyCenteredRMSProp(
+            mg=_slot(optimizer, "_average_gradients", variable), **arguments
+        )
+    else:
+        tf.raw_ops.ResourceApplyRMSProp(**arguments)
+
+
+def _adamax(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+    """Kingma & Ba (2015), https://arxiv.org/abs/1412.6980, algorithm 2."""
+    number = functools.partial(tf.cast, dtype=variable.dtype)
+    beta_1 = number(optimizer.beta_1)
+    tf.raw_ops.ResourceApplyAdaMax(
+        var=variable.handle,
+        m=_slot(optimizer, "_m", variable),
+        v=_slot(optimizer, "_u", variable),
+        beta1_power=beta_1 ** (number(optimizer.iterations) + 1),
+        lr=number(learning_rate),
+        beta1=beta_1,
+        beta2=number(optimizer.beta_2),
+        epsilon=number(optimizer.epsilon),
+        grad=gradient,
+    )
+
+
+def _adadelta(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+    """Zeiler (2012), https://arxiv.org/abs/1212.5701, algorithm 1."""
+    number = functools.partial(tf.cast, dtype=variable.dtype)
+    tf.raw_ops.ResourceApplyAdadelta(
+        var=variable.handle,
+        accum=_slot(optimizer, "_accumulated_grads", variable),
+        accum_update=_slot(optimizer, "_accumulated_delta_vars", variable),
+        lr=number(learning_rate),
+        rho=number(optimizer.rho),
+        epsilon=number(optimizer.epsilon),
+        grad=gradient,
+    )
+
+
+# By the function that an optimizer inherits: a subclass with an update of its own is left alone.
+UPDATES: dict[Callable, Update] = {
+    keras.optimizers.Adam.update_step: _adam,
+    keras.optimizers.SGD.update_step: _sgd,
+    keras.optimizers.RMSprop.update_step: _rmsprop,
+    keras.optimizers.Adamax.update_step: _adamax,
+    keras.optimizers.Adadelta.update_step: _adadelta,
+}
+
+
+def fused_update(optimizer: keras.optimizers.Optimizer) -> Update | str:
+    """The fused update of an optimizer, or the reason why there is none.
+
+    Args:
+        optimizer: The one that updates weights (not a `LossScaleOptimizer`).
+    """
+    name = type(optimizer).__name__
+    update = UPDATES.get(getattr(type(optimizer), "update_step", type(None)))
+    if update is None:
+        return f"TensorFlow has no fused op that computes {name}'s update"
+    if update is _rmsprop and not optimizer.momentum > 0:
+        return "TensorFlow's fused RMSprop needs a momentum slot, and momentum=0 has none"
+    if "update_step" in vars(optimizer):
+        return f"this {name} has an update_step of its own"
+    return update
+
+
+@contextlib.contextmanager
+def fused(optimizer: keras.optimizers.Optimizer, update: Update) -> Iterator[None]:
+    """Lets `optimizer.apply` use the fused update while the block lasts: wrap the tracing of a step.
+
+    Args:
+        optimizer: The user's own; nothing stays on it.
+        update: What `fused_update` gave.
+    """
+    original = optimizer.update_step
+
+    def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
+        dense = isinstance(gradient, tf.Tensor)
+        if not dense or variable.dtype not in (tf.float32, tf.float64):
+            original(gradient, variable, learning_rate)
+            return
+        update(optimizer, tf.cast(gradient, variable.dtype), variable, learning_rate)
+
+    optimizer.update_step = update_step
+    try:
+        yield
+    finally:
+        del optimizer.update_step
+
+
+def probe(optimizer: keras.optimizers.Optimizer, update: Update, steps: int = 3) -> float:
+    """Runs Keras's update and the fused one on twins of the optimizer; how far they lie apart.
+
+    Args:
+        optimizer: Whose configuration is tried; it is not touched.
+        update: What `fused_update` gave.
+        steps: Updates, with gradients of very different sizes.
+
+    Returns:
+        As `disagreement`: up to 1 they agree.
+    """
+    random = np.random.default_rng(0)
+    start = random.normal(size=64).astype("float32")
+    gradients = [
+        random.normal(size=64).astype("float32") * 10.0 ** random.uniform(-4, 1) for _ in range(steps)
+    ]
+    states = []
+    for fuse in (False, True):
+        with tf.init_scope(), tf.device("CPU:0"):
+            variable = keras.Variable(start, dtype="float32")
+            twin = _twin(optimizer)
+            twin.build([variable])
+            with fused(twin, update) if fuse else contextlib.nullcontext():
+                for gradient in gradients:
+                    twin.apply([tf.constant(gradient)])
+            states.append([v.numpy() for v in [variable, *twin.variables]])
+    before = [start, *(np.zeros_like(a) for a in states[0][1:])]
+    return worst_disagreement(states[0], states[1], before, _tolerance(optimizer))
+
+
+def _tolerance(optimizer: keras.optimizers.Optimizer) -> float:
+    """The op takes a decay such as beta_2 in float32 and subtracts it from 1 there: `eps / (1 - beta_2)`."""
+    eps = float(np.finfo(np.float32).eps)
+    decays = [getattr(optimizer, name, None) for name in ("beta_1", "beta_2", "rho", "momentum")]
+    return eps * (UNITS + max(1 / (1 - d) for d in [0.0, *decays] if isinstance(d, float) and d < 1))
+
+
+def _twin(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    config = optimizer.get_config()
+    # What surrounds the update is Keras's in both; a schedule may be the user's own class. A rate of 1, so
+    # that the change is not lost in the rounding of the weights.
+    config.update(learning_rate=1.0, gradient_accumulation_steps=None, use_ema=False)
+    config.update(ema_overwrite_frequency=None, loss_scale_factor=None)
+    return type(optimizer).from_config(config)
+
+
+def _slot(optimizer: Any, name: str, variable: tf.Variable) -> tf.Tensor:
+    return getattr(optimizer, name)[optimizer._get_variable_index(variable)].value.handle

@@ -1,0 +1,225 @@
+"""Which kernels a model trains with: put on it when it is compiled in a scope, proven at its first `fit`.
+
+Nothing of the user's is replaced for good. The model gets `make_train_function` and `make_test_function` of
+its own, which Keras calls at the beginning of every `fit` and `evaluate`; optimizer and layers are touched
+only while a step is being traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter, make_class_weight_map_fn
+
+from tfaccel.fast_kernels import fused_batch_norm, fused_optimizer, resident
+from tfaccel.fast_kernels.chunks import CallLength, count_exactly, is_stream, running_loop, watches_batches
+from tfaccel.fast_kernels.functions import FastFunction, LoopClock
+from tfaccel.fast_kernels.resident import ATTRIBUTE, Pass, ResidentBatches
+from tfaccel.keras_fixes.compile_checks import around_compile
+from tfaccel.keras_fixes.input_clock import CLOCK_ATTRIBUTE
+
+Report = Callable[[str, str], None]
+
+
+def accelerate_at_compile(
+    *, xla: bool | None, growing_calls: bool, report: Report
+) -> contextlib.AbstractContextManager[None]:
+    """Makes `compile` accelerate every model for as long as the block lasts. Arguments: see `accelerate`."""
+
+    def wrap(original: Callable) -> Callable:
+        def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
+            original(self, *args, **kwargs)
+            accelerate(self, xla=xla, growing_calls=growing_calls, report=report)
+
+        return compile
+
+    return around_compile(wrap)
+
+
+def accelerate(model: keras.Model, *, xla: bool | None, growing_calls: bool, report: Report) -> None:
+    """Lets a compiled model train with fused kernels and compiled loops.
+
+    Args:
+        model: Just compiled. Models that run eagerly, and subclasses that make their own train function,
+            stay as they are; the report says so.
+        xla: Whether the loop is compiled by XLA: True, False, or None to find out while it runs.
+        growing_calls: Whether a call into TensorFlow may run more than `model.steps_per_execution` steps.
+        report: Is told, by name, what was chosen and why.
+    """
+    reason = _why_not(model)
+    if reason:
+        report("loop", f"Keras's own: {reason}")
+        return
+    if "make_train_function" in vars(model):
+        model.make_train_function()  # what an interrupted fit left on the model comes off
+        model.train_function = None
+    kernels = Kernels(model, xla, growing_calls, report)
+    model.make_train_function = kernels.make_train_function
+    model.make_test_function = kernels.make_test_function
+
+
+def _why_not(model: keras.Model) -> str:
+    for name in ("make_train_function", "make_test_function"):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            return f"{type(model).__name__} has a {name} of its own"
+    if model.run_eagerly:
+        return "the model runs eagerly"
+    return ""
+
+
+class Kernels:
+    """The kernels of one model, from one `compile` to the next. See `accelerate` for the arguments."""
+
+    def __init__(self, model: keras.Model, xla: bool | None, growing_calls: bool, report: Report):
+        self._model = weakref.ref(model)
+        self._optimizer = model.optimizer
+        self._xla = xla
+        self._growing_calls = growing_calls
+        self._report = report
+        self._update: fused_optimizer.Update | str | None = None
+        self._batch_norm: dict[str, bool] = {}
+
+    def make_train_function(self, force: bool = False) -> None:
+        """As Keras has it; called at the beginning of `fit` and by callbacks that want a new trace."""
+        self._make("train", force)
+
+    def make_test_function(self, force: bool = False) -> None:
+        """As Keras has it; called at the beginning of `evaluate`."""
+        self._make("test", force)
+
+    def _make(self, kind: str, force: bool) -> None:
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of these kernels is gone")
+        name = f"{kind}_function"
+        if model.optimizer is not self._optimizer or model.run_eagerly:
+            # Compiled anew, outside of the scope: plain Keras was asked for.
+            getattr(type(model), f"make_{name}")(model, force)
+            return
+        if getattr(model, name) is None or force:
+            self._prove()
+            step = self._fused(getattr(model, f"{kind}_step"))
+            xla = True if model.jit_compile is True else self._xla if kind == "train" else False
+            report = functools.partial(self._report, "xla")
+            fast = FastFunction(model._make_function(step), step, self._state, xla, report)
+            setattr(model, name, fast)
+        self._bind(model, getattr(model, name))
+
+    def _bind(self, model: keras.Model, function: FastFunction) -> None:
+        """Lets the `fit` or `evaluate` that is running hand over chunks."""
+        loop = running_loop()
+        epoch_iterator = loop.get("epoch_iterator")
+        if epoch_iterator is None or loop.get("self") is not model or not is_stream(epoch_iterator):
+            return
+        grows = self._growing_calls and not watches_batches(loop.get("callbacks"))
+        function.length = CallLength(epoch_iterator.steps_per_execution, grows)
+        if not hasattr(epoch_iterator, CLOCK_ATTRIBUTE):  # `fit` keeps that of its validation
+            epoch_iterator.resident_data = self._resident_data(epoch_iterator, loop)
+            setattr(epoch_iterator, CLOCK_ATTRIBUTE, LoopClock())
+        function.clock = getattr(epoch_iterator, CLOCK_ATTRIBUTE)
+        _build_state(model, epoch_iterator._distributed_dataset.element_spec)
+        data = epoch_iterator.resident_data
+        if isinstance(data, ResidentBatches):
+            self._report("loop", "compiled, data resident in memory")
+            count_exactly(epoch_iterator, lambda: Pass(data, data.new_order()), function)
+        else:
+            self._report("loop", f"compiled, data streamed: {data}")
+            count_exactly(epoch_iterator, lambda: iter(epoch_iterator._distributed_dataset), function)
+        epochs = loop.get("epochs", 1) - loop.get("initial_epoch", 0)
+        function.expect_steps(epochs * (epoch_iterator.num_batches or 0))
+
+    def _resident_data(self, epoch_iterator: Any, loop: dict[str, Any]) -> ResidentBatches | str:
+        adapter = epoch_iterator.data_adapter
+        if isinstance(adapter, ArrayDataAdapter):
+            return resident.of_arrays(
+                adapter._inputs, adapter._num_samples, adapter._batch_size, adapter._shuffle
+            )
+        if not isinstance(adapter, TFDatasetAdapter):
+            return "they come from Python"
+        given = loop.get("x")
+        batches = getattr(given, ATTRIBUTE, None)
+        if batches is None:
+            return "only arrays can stay in memory"
+        weights = loop.get("class_weight")
+        if weights is None:
+            return batches
+        return batches.with_transform(make_class_weight_map_fn(weights), key=tuple(sorted(weights.items())))
+
+    def _state(self) -> list[tf.Variable]:
+        """Every variable that a step may change. A traced function's own list lacks the fused op's slots."""
+        model = self._model()
+        found = [] if model is None else [*model.variables, *model.metrics_variables]
+        variables = [*found, *getattr(self._optimizer, "variables", ())]
+        return list({id(v.value): v.value for v in variables}.values())
+
+    def _fused(self, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The step, traced with fused kernels."""
+
+        def fused_step(data: Any) -> Any:
+            with self._tracing():
+                return step(data)
+
+        return fused_step
+
+    @contextlib.contextmanager
+    def _tracing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if callable(self._update):
+                stack.enter_context(fused_optimizer.fused(_inner(self._optimizer), self._update))
+            dtypes = {dtype for dtype, agrees in self._batch_norm.items() if agrees}
+            if dtypes:
+                stack.enter_context(fused_batch_norm.fused(dtypes))
+            yield
+
+    def _prove(self) -> None:
+        """Runs the probes that this model needs; not while tracing, since they make variables."""
+        if self._update is None and self._optimizer is not None:
+            self._update = self._proven_update(_inner(self._optimizer))
+        self._prove_batch_norm()
+
+    def _proven_update(self, optimizer: keras.optimizers.Optimizer) -> fused_optimizer.Update | str:
+        update = fused_optimizer.fused_update(optimizer)
+        if not isinstance(update, str):
+            far = fused_optimizer.probe(optimizer, update)
+            update = update if far <= 1 else f"the fused op lay {far:.1f} × what rounding allows from it"
+        own = isinstance(update, str)
+        self._report("optimizer", f"Keras's own: {update}" if own else "one fused op for each weight")
+        return update
+
+    def _prove_batch_norm(self) -> None:
+        """Finds the compute dtypes in which the model normalizes and the fused op agrees with Keras."""
+        model = self._model()
+        layers = model._flatten_layers() if model is not None else ()
+        normalizing = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+        for dtype in sorted({layer.compute_dtype for layer in normalizing} - set(self._batch_norm)):
+            far = fused_batch_norm.probe(dtype) if dtype in fused_batch_norm.DTYPES else np.inf
+            self._batch_norm[dtype] = far <= 1
+            said = "one fused op for each layer" if far <= 1 else f"Keras's own: the op lay {far:.1f} × off"
+            self._report("batch_norm", said)
+
+
+def _inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _build_state(model: keras.Model, batch: Any) -> None:
+    """Makes the variables of optimizer, loss and metrics before the step is traced.
+
+    TensorFlow traces a function that makes variables a second time; Keras traces every first `fit` twice.
+    """
+    specs = keras.tree.flatten(batch)
+    if not model.built or not all(isinstance(spec, tf.TensorSpec) for spec in specs):
+        return
+    shaped = [types.SimpleNamespace(shape=tuple(spec.shape), dtype=spec.dtype) for spec in specs]
+    # What can't be built from shapes alone is made in the trace, as Keras does.
+    with contextlib.suppress(ValueError, TypeError, RuntimeError):
+        model._symbolic_build(data_batch=keras.tree.pack_sequence_as(batch, shaped))

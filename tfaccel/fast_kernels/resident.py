@@ -1,0 +1,144 @@
+"""Data that stay on the device: batches are cut out of them by index, inside the compiled loop.
+
+Keras feeds arrays through `tf.data`: each batch is gathered by a pipeline thread, handed over, and fetched by
+the step. Where the arrays fit in memory, the step can gather its own rows. Reshuffling is then one
+permutation an epoch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+MEMORY_FRACTION = 0.25  # of the memory that is free: what a copy of the user's arrays may take
+ATTRIBUTE = "tfaccel_batches"
+
+
+class ResidentBatches:
+    """Arrays in memory and how they are cut into batches.
+
+    Args:
+        tensors: A nested structure of tensors with `samples` rows each; None stays None.
+        samples: Rows, at least 1.
+        batch_size: Rows a batch; the last one holds what is left.
+        shuffle: Whether every pass has a new order.
+    """
+
+    def __init__(self, tensors: Any, samples: int, batch_size: int, shuffle: bool):
+        self.tensors = tensors
+        self.samples = samples
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self._transform: Callable | None = None
+        self._transform_key: object = None
+        self.num_batches = math.ceil(samples / batch_size)
+        self.full_batches = samples // batch_size
+        self._floatx = keras.config.floatx()
+
+    def with_transform(self, transform: Callable, key: object) -> ResidentBatches:
+        """The same data, each batch changed inside the loop: `transform(*batch)`.
+
+        Args:
+            transform: Traceable; such as class weights to sample weights.
+            key: Equal for transforms that do the same.
+        """
+        other = copy.copy(self)
+        other._transform, other._transform_key = transform, key
+        return other
+
+    @property
+    def leaves(self) -> list[tf.Tensor]:
+        """The tensors without the structure around them."""
+        return [leaf for leaf in keras.tree.flatten(self.tensors) if leaf is not None]
+
+    @property
+    def signature(self) -> tuple:
+        """What a compiled loop depends on; two data sets with the same one share it."""
+        shapes = tuple((leaf.dtype.name, tuple(leaf.shape[1:])) for leaf in self.leaves)
+        partial = self.samples % self.batch_size > 0
+        structure = keras.tree.map_structure(lambda leaf: 0, self.tensors, none_is_leaf=False)
+        return repr(structure), shapes, self.batch_size, partial, self.shuffle, self._transform_key
+
+    def new_order(self) -> tf.Tensor:
+        """The rows in the order of one pass, shape `(samples,)`, int32; drawn from TensorFlow's seed."""
+        with tf.device("CPU:0"):
+            order = tf.range(self.samples, dtype=tf.int32)
+            return tf.random.shuffle(order) if self.shuffle else order
+
+    def cut(self, leaves: list[tf.Tensor], rows: tf.Tensor) -> Any:
+        """The batch of the given rows, as Keras's own pipeline hands it over: floats in `floatx`."""
+        batch = iter([self._cast(tf.gather(leaf, rows)) for leaf in leaves])
+        data = keras.tree.map_structure(lambda leaf: next(batch), self.tensors, none_is_leaf=False)
+        return data if self._transform is None else self._transform(*data)
+
+    def _cast(self, batch: tf.Tensor) -> tf.Tensor:
+        return tf.cast(batch, self._floatx) if batch.dtype.is_floating else batch
+
+
+class Pass(NamedTuple):
+    """One run through the data.
+
+    Args:
+        batches: The data.
+        order: Shape `(samples,)`: the rows in their order.
+    """
+
+    batches: ResidentBatches
+    order: tf.Tensor
+
+
+def attach_to(dataset: tf.data.Dataset, tensors: Any, samples: int, batch_size: int, shuffle: bool) -> None:
+    """Lets a dataset that was cut out of arrays remember them; one derived from it does not."""
+    setattr(dataset, ATTRIBUTE, ResidentBatches(tensors, samples, batch_size, shuffle))
+
+
+def of_arrays(inputs: Any, samples: int, batch_size: int, shuffle: object) -> ResidentBatches | str:
+    """Arrays that were given to `fit` or `evaluate` themselves, or the reason why they stay where they are.
+
+    Args:
+        inputs: Nested arrays of `samples` rows each.
+        samples: Rows.
+        batch_size: Rows a batch.
+        shuffle: As in `fit`.
+    """
+    leaves = [leaf for leaf in keras.tree.flatten(inputs) if leaf is not None]
+    if shuffle not in (True, False):
+        return f"shuffle={shuffle!r} is left to Keras"
+    if not all(_is_plain(leaf) for leaf in leaves):
+        return "the data are not all dense numeric arrays"
+    size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, np.ndarray))
+    allowed = MEMORY_FRACTION * free_memory_bytes()
+    if size > allowed:
+        return (
+            f"a copy of the arrays takes {size / 2**30:.1f} GiB, more than {MEMORY_FRACTION:.0%} of the "
+            "free memory; accelerator.dataset(x, y) keeps one copy only"
+        )
+    with tf.device("CPU:0"):
+        tensors = keras.tree.map_structure(tf.convert_to_tensor, inputs, none_is_leaf=False)
+    return ResidentBatches(tensors, samples, batch_size, bool(shuffle))
+
+
+def free_memory_bytes() -> float:
+    """Memory that can be taken without swapping; infinite where the system doesn't say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        names = getattr(os, "sysconf_names", {})
+        if "SC_AVPHYS_PAGES" in names:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return math.inf
+
+
+def _is_plain(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind in "biuf"
+    return isinstance(leaf, tf.Tensor)
