@@ -67,7 +67,9 @@ def test_the_file_was_proven(run, images):
 
 def test_the_model_is_plain_again(run):
     model, _, _ = run
-    assert "make_train_function" not in vars(model)
+    # What stays is what `compile` in the scope put there: the kernels, not the schedule's watch on the fit.
+    assert model.make_train_function.__func__.__qualname__ == "Kernels.make_train_function"
+    assert "update_step" not in vars(model.optimizer)
     assert "apply" not in vars(model.optimizer)
     assert all(variable.constraint is None for variable in model.trainable_variables)
     assert keras.config.dtype_policy().name == "float32"

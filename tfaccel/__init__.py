@@ -7,6 +7,7 @@ from tfaccel.export.compare import Parity, compare
 from tfaccel.export.errors import ExportError
 from tfaccel.export.scoring import Score
 from tfaccel.export.tflite import TFLiteFile, export_tflite
+from tfaccel.fast_kernels.predictor import predictor
 from tfaccel.fit.learning_rate import OneCycle, WarmupCosine
 from tfaccel.fit.throughput import Throughput
 from tfaccel.prepare.devices import Devices
@@ -28,4 +29,5 @@ __all__ = [
     "benchmark_tflite",
     "compare",
     "export_tflite",
+    "predictor",
 ]

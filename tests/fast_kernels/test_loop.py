@@ -185,6 +185,16 @@ def test_validation_and_evaluate_take_the_same_road(helpers, small, road):
     np.testing.assert_allclose(again, last, rtol=1e-6)
 
 
+def test_data_of_another_length_share_the_program(helpers, small):
+    model, *_ = fit(helpers, small, "fused")
+    plain = helpers.compile(helpers.build())
+    plain.set_weights(model.get_weights())
+    for samples in (200, 33, 240, 31):
+        x, y = small[0][:samples], small[1][:samples]
+        expected = plain.evaluate(x, y, batch_size=32, verbose=0)
+        np.testing.assert_allclose(model.evaluate(x, y, batch_size=32, verbose=0), expected, rtol=1e-5)
+
+
 def test_every_epoch_has_a_new_order_that_the_seed_decides(small):
     data = resident.of_arrays(small, 240, 32, True)
     orders = []
@@ -385,3 +395,30 @@ def test_two_hundred_steps_stay_beside_keras(helpers, small, name):
     assert len(histories[0]) * 8 == 200
     np.testing.assert_allclose(histories[0], histories[1], rtol=1e-3)
     assert histories[0][-1] < 0.9 * histories[0][0]
+
+
+def test_a_model_with_kernels_can_be_copied(helpers, small):
+    import pickle
+
+    model, *_ = fit(helpers, small, "fused")
+    copies = [pickle.loads(pickle.dumps(model)), keras.models.clone_model(model)]
+    for copy in copies:
+        assert "make_train_function" not in vars(copy)
+    copies[1].set_weights(model.get_weights())
+    for copy in copies:
+        np.testing.assert_array_equal(copy.predict(small[0], verbose=0), model.predict(small[0], verbose=0))
+
+
+def test_memory_of_arrays_is_not_taken_twice(helpers, small):
+    """Keras keeps a copy of `fit`'s arrays in its pipeline; while the loop runs there is one copy only."""
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            frame = __import__("inspect").currentframe()
+            while "epoch_iterator" not in frame.f_locals:
+                frame = frame.f_back
+            seen.append(frame.f_locals["epoch_iterator"]._distributed_dataset.element_spec)
+
+    fit(helpers, small, "fused", callbacks=[Look()])
+    assert seen == [tf.TensorSpec([], tf.int64)] * 2

@@ -17,7 +17,8 @@ import tensorflow as tf
 
 from tfaccel.fast_kernels.agreement import same_step
 from tfaccel.fast_kernels.chunks import CallLength, Chunk
-from tfaccel.fast_kernels.resident import Pass, ResidentBatches
+from tfaccel.fast_kernels.resident import MEMORY_FRACTION, Pass, ResidentBatches, free_memory_bytes
+from tfaccel.fast_kernels.same_random import same_random_numbers
 from tfaccel.fast_kernels.step_loop import resident_loop, stream_loop
 from tfaccel.keras_fixes.input_clock import Reading
 
@@ -88,7 +89,7 @@ class XlaTrial:
 
 def op_types(program: Any) -> list[str]:
     """The type of every op in a traced program, with those of the functions that it calls."""
-    (concrete,) = program._list_all_concrete_functions()
+    concrete = program._list_all_concrete_functions()[0]
     definition = concrete.graph.as_graph_def()
     inner = [node.op for function in definition.library.function for node in function.node_def]
     return [node.op for node in definition.node] + inner
@@ -203,6 +204,10 @@ class FastFunction:
         arguments = _arguments(source, first, 1)
         plain, compiled = (self._resident(source.batches, xla) for xla in (False, True))
         variables = self._state()
+        copies = 3 * sum(variable.dtype.size * variable.shape.num_elements() for variable in variables)
+        if copies > MEMORY_FRACTION * free_memory_bytes():
+            trial.decide(False, "the state of the model is too large to be kept twice for a trial")
+            return plain(*arguments)
         before = [variable.numpy() for variable in variables]
         logs = plain(*arguments)
         expected = [variable.numpy() for variable in variables]
@@ -229,9 +234,12 @@ class FastFunction:
 
     def _resident(self, batches: ResidentBatches, xla: bool) -> Any:
         static = xla or batches.samples % batches.batch_size == 0
-        return self._program(
-            (batches.signature, xla), lambda: resident_loop(self._step, batches, static, xla)
-        )
+        step = self._xla_step if xla else self._step
+        return self._program((batches.signature, xla), lambda: resident_loop(step, batches, static, xla))
+
+    def _xla_step(self, data: Any) -> Any:
+        with same_random_numbers():
+            return self._step(data)
 
     def _program(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._programs:

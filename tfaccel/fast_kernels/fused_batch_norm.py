@@ -14,8 +14,7 @@ Reference: Ioffe & Szegedy (2015), https://arxiv.org/abs/1502.03167, algorithm 1
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container
 from typing import Any
 
 import keras
@@ -23,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfaccel.fast_kernels.agreement import UNITS, worst_disagreement
+from tfaccel.fast_kernels.patch import Patch
 
 DTYPES = ("float32", "float16", "bfloat16")
 MIN_EPSILON = 1e-5  # of cuDNN, which adds no less
@@ -81,28 +81,25 @@ def fused_call(layer: keras.layers.BatchNormalization, inputs: tf.Tensor) -> tf.
     return outputs
 
 
-@contextlib.contextmanager
-def fused(dtypes: Container[str]) -> Iterator[None]:
+def _wrap(original: Callable, allowed_dtypes: Callable[[], Any]) -> Callable:
+    def call(self: Any, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        if self.compute_dtype in (allowed_dtypes() or ()) and can_fuse(self, inputs, training, mask):
+            return fused_call(self, inputs)
+        return original(self, inputs, training=training, mask=mask)
+
+    return call
+
+
+_PATCH = Patch(keras.layers.BatchNormalization, "call", _wrap)
+
+
+def fused(dtypes: Container[str]) -> contextlib.AbstractContextManager[None]:
     """Lets `BatchNormalization.call` fuse in this thread while the block lasts: wrap the tracing of a step.
 
     Args:
         dtypes: The compute dtypes in which it may.
     """
-    original, thread = keras.layers.BatchNormalization.call, threading.get_ident()
-
-    def call(
-        self: keras.layers.BatchNormalization, inputs: Any, training: Any = None, mask: Any = None
-    ) -> Any:
-        allowed = threading.get_ident() == thread and self.compute_dtype in dtypes
-        if allowed and can_fuse(self, inputs, training, mask):
-            return fused_call(self, inputs)
-        return original(self, inputs, training=training, mask=mask)
-
-    keras.layers.BatchNormalization.call = call
-    try:
-        yield
-    finally:
-        keras.layers.BatchNormalization.call = original
+    return _PATCH.active(dtypes)
 
 
 def probe(dtype: str) -> float:

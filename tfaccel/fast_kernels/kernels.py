@@ -101,8 +101,8 @@ class Kernels:
         if model is None:
             raise ReferenceError("the model of these kernels is gone")
         name = f"{kind}_function"
-        if model.optimizer is not self._optimizer or model.run_eagerly:
-            # Compiled anew, outside of the scope: plain Keras was asked for.
+        if model.optimizer is not self._optimizer or model.run_eagerly or tf.config.functions_run_eagerly():
+            # Compiled anew outside of the scope, or being debugged: plain Keras was asked for.
             getattr(type(model), f"make_{name}")(model, force)
             return
         if getattr(model, name) is None or force:
@@ -123,10 +123,10 @@ class Kernels:
         grows = self._growing_calls and not watches_batches(loop.get("callbacks"))
         function.length = CallLength(epoch_iterator.steps_per_execution, grows)
         if not hasattr(epoch_iterator, CLOCK_ATTRIBUTE):  # `fit` keeps that of its validation
+            _build_state(model, epoch_iterator._distributed_dataset.element_spec)
             epoch_iterator.resident_data = self._resident_data(epoch_iterator, loop)
             setattr(epoch_iterator, CLOCK_ATTRIBUTE, LoopClock())
         function.clock = getattr(epoch_iterator, CLOCK_ATTRIBUTE)
-        _build_state(model, epoch_iterator._distributed_dataset.element_spec)
         data = epoch_iterator.resident_data
         if isinstance(data, ResidentBatches):
             self._report("loop", "compiled, data resident in memory")
@@ -140,9 +140,13 @@ class Kernels:
     def _resident_data(self, epoch_iterator: Any, loop: dict[str, Any]) -> ResidentBatches | str:
         adapter = epoch_iterator.data_adapter
         if isinstance(adapter, ArrayDataAdapter):
-            return resident.of_arrays(
-                adapter._inputs, adapter._num_samples, adapter._batch_size, adapter._shuffle
-            )
+            inputs, shuffle = adapter._inputs, adapter._shuffle
+            reason = resident.why_not_arrays(inputs, shuffle)
+            if reason:
+                return reason
+            # Keras has put a copy into its pipeline, which nobody will read.
+            epoch_iterator._distributed_dataset = tf.data.Dataset.range(0)
+            return resident.of_arrays(inputs, adapter._num_samples, adapter._batch_size, shuffle)
         if not isinstance(adapter, TFDatasetAdapter):
             return "they come from Python"
         given = loop.get("x")

@@ -99,13 +99,11 @@ def attach_to(dataset: tf.data.Dataset, tensors: Any, samples: int, batch_size: 
     setattr(dataset, ATTRIBUTE, ResidentBatches(tensors, samples, batch_size, shuffle))
 
 
-def of_arrays(inputs: Any, samples: int, batch_size: int, shuffle: object) -> ResidentBatches | str:
-    """Arrays that were given to `fit` or `evaluate` themselves, or the reason why they stay where they are.
+def why_not_arrays(inputs: Any, shuffle: object) -> str:
+    """Why arrays that were given to `fit` or `evaluate` themselves stay where they are; empty if they don't.
 
     Args:
-        inputs: Nested arrays of `samples` rows each.
-        samples: Rows.
-        batch_size: Rows a batch.
+        inputs: Nested arrays.
         shuffle: As in `fit`.
     """
     leaves = [leaf for leaf in keras.tree.flatten(inputs) if leaf is not None]
@@ -114,12 +112,23 @@ def of_arrays(inputs: Any, samples: int, batch_size: int, shuffle: object) -> Re
     if not all(_is_plain(leaf) for leaf in leaves):
         return "the data are not all dense numeric arrays"
     size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, np.ndarray))
-    allowed = MEMORY_FRACTION * free_memory_bytes()
-    if size > allowed:
-        return (
-            f"a copy of the arrays takes {size / 2**30:.1f} GiB, more than {MEMORY_FRACTION:.0%} of the "
-            "free memory; accelerator.dataset(x, y) keeps one copy only"
-        )
+    if size <= MEMORY_FRACTION * free_memory_bytes():
+        return ""
+    return (
+        f"a copy of the arrays takes {size / 2**30:.1f} GiB, more than {MEMORY_FRACTION:.0%} of the free "
+        "memory; accelerator.dataset(x, y) keeps one copy only"
+    )
+
+
+def of_arrays(inputs: Any, samples: int, batch_size: int, shuffle: bool) -> ResidentBatches:
+    """Arrays that were given to `fit` or `evaluate` themselves, copied to where the loop can gather them.
+
+    Args:
+        inputs: Nested arrays of `samples` rows each, for which `why_not_arrays` has no reason.
+        samples: Rows.
+        batch_size: Rows a batch.
+        shuffle: Whether every pass has a new order.
+    """
     with tf.device("CPU:0"):
         tensors = keras.tree.map_structure(tf.convert_to_tensor, inputs, none_is_leaf=False)
     return ResidentBatches(tensors, samples, batch_size, bool(shuffle))

@@ -30,13 +30,13 @@ def resident_loop(step: Step, batches: ResidentBatches, static: bool, xla: bool)
         A function of `(leaves, order, first, count)`: the tensors, the order of the rows, the number of
         the first batch and how many batches; gives the logs of the last step.
     """
-    size, samples = batches.batch_size, batches.samples
+    size = batches.batch_size
 
     def rows_of(order: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
         if static:
             # Not a slice: XLA would compile anew for each position.
             return tf.gather(order, batch * size + tf.range(size))
-        return order[batch * size : tf.minimum((batch + 1) * size, samples)]
+        return order[batch * size : tf.minimum((batch + 1) * size, tf.shape(order)[0])]
 
     def run(leaves: list[tf.Tensor], order: tf.Tensor, first: tf.Tensor, count: tf.Tensor) -> Any:
         compiled = tf.function(
