@@ -20,7 +20,7 @@ from datasets import load
 from tfaccel.demo.training import train_accelerated, train_plain
 
 SETTINGS = {
-    "fashion_mnist": {"epochs": 5, "batch_size": 64, "max_learning_rate": 5e-3, "warmup": 0.2},
+    "fashion_mnist": {"epochs": 6, "batch_size": 128, "max_learning_rate": 8e-3, "warmup": 0.25},
     "cifar10": {"epochs": 4, "batch_size": 128, "max_learning_rate": 1e-2, "warmup": 0.3},
 }
 

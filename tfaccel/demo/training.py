@@ -14,10 +14,10 @@ from tfaccel.accelerator import Accelerator
 from tfaccel.fit.learning_rate import OneCycle
 
 PLAIN_EPOCHS = 15
-EPOCHS = 6
+EPOCHS = 8
 BATCH_SIZE = 32
-MAX_LEARNING_RATE = 8e-3
-WARMUP = 0.2
+MAX_LEARNING_RATE = 5e-3
+WARMUP = 0.25
 
 Report = Callable[[str, float], None]
 
