@@ -15,7 +15,7 @@ from time_to_accuracy import build_cnn, images_of
 
 import tfaccel
 
-CALLS = {"predict": 5, "call": 20, "predictor": 200, "predictor_xla": 200}
+CALLS = {"predict": 5, "accelerated_predict": 20, "call": 20, "predictor": 200, "predictor_xla": 200}
 
 
 def build_mlp() -> keras.Model:
@@ -32,9 +32,13 @@ def main() -> None:
     turns = parser.parse_args().turns
     sample = images_of("fashion_mnist")["x_test"][:1]
     for name, build in (("mlp", build_mlp), ("cnn", build_cnn)):
-        model = build()
+        model, accelerator = build(), tfaccel.Accelerator()
+        with accelerator.scope():
+            accelerated = build()
+            accelerated.compile("sgd", **accelerator.compile_options())
         ways = {
             "predict": lambda x, model=model: model.predict(x, verbose=0),
+            "accelerated_predict": lambda x, model=accelerated: model.predict(x, verbose=0),
             "call": lambda x, model=model: model(x, training=False).numpy(),
             "predictor": tfaccel.predictor(model),
             "predictor_xla": tfaccel.predictor(model, jit=True),

@@ -28,7 +28,7 @@ BY_HAND = {
 }
 CONTENDERS = [*BY_HAND, "tfaccel", "jax", "torch_eager", "torch_compile"]
 WARM_UP_EPOCHS = {"tfaccel": 40}  # XLA is tried only in runs that are worth it
-XLA_IS_HOPELESS = ("cnn_bn", "resnet20", "depthwise")  # 30 × slower: minutes an epoch
+XLA_IS_HOPELESS = ("cnn_bn", "resnet20", "depthwise")  # minutes an epoch: only if asked for by name
 
 
 def keras_epoch(contender: str, name: str, batch_size: int):
@@ -126,7 +126,8 @@ class Worker:
 
 def measure(name: str, batch_size: int, contenders: list[str], turns: int) -> dict:
     """One row of the table."""
-    skipped = [c for c in contenders if "xla" in c and name in XLA_IS_HOPELESS]
+    everything = contenders == CONTENDERS
+    skipped = [c for c in contenders if everything and "xla" in c and name in XLA_IS_HOPELESS]
     workers = {c: Worker(c, name, batch_size) for c in contenders if c not in skipped}
     failed = [c for c, worker in workers.items() if worker.warm_up_seconds is None]
     running = {c: worker for c, worker in workers.items() if c not in failed}

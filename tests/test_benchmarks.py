@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 def _beside_the_scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("datasets", "_report", "time_to_accuracy"):
+    for name in ("datasets", "_report", "_step_models", "time_to_accuracy"):
         sys.modules.pop(name, None)
 
 
@@ -48,3 +48,22 @@ def test_resnet8_is_resnet8():
 
 def test_spread_is_median_and_range():
     assert load("_report").spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "runs": 3}
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", "tabular", "cnn_bn", "resnet20", "depthwise", "transformer", "lstm", "gru"]
+)
+def test_networks_of_step_time_take_their_data(name):
+    models = load("_step_models")
+    x, y = models.make_data(name, 32)
+    assert models.build_keras(name)(x[:2]).shape == (2, models.CLASSES)
+    assert len(x) == len(y) == 32 * models.SHAPES[name][1][32]
+
+
+@pytest.mark.slow
+def test_step_time_measures_in_processes_of_their_own():
+    row = load("step_time").measure("mlp", 256, ["tf_plain", "tfaccel"], turns=1)
+    assert row["not_run"] == {}
+    assert row["faster_than_plain"] == pytest.approx(
+        row["step_ms"]["tf_plain"] / row["step_ms"]["tfaccel"], rel=0.05
+    )

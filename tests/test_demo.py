@@ -274,6 +274,7 @@ def test_cli_failures_have_their_exit_codes(finished, tmp_path, capsys):
     (tmp_path / "broken.tflite").write_bytes(b"x" * 100)
     assert run_cli("bench", tmp_path / "broken.tflite") == 1
     assert run_cli("export", folder / "model.keras", tmp_path / "m.tflite", "--recipe", "int8") == 2
+    assert run_cli("compare", folder / "model.keras", "m.tflite", tmp_path / "none.npz") == 2
     np.savez(tmp_path / "other.npz", z=np.zeros(3))
     assert run_cli("compare", folder / "model.keras", "m.tflite", tmp_path / "other.npz") == 2
     with pytest.raises(SystemExit):

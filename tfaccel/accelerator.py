@@ -109,7 +109,7 @@ class Accelerator:
                 accelerated = accelerate_at_compile(
                     xla=self._jit.value if self._jit.by_user else None,
                     growing_calls=not self._steps.by_user,
-                    report=self._kernels_used.__setitem__,
+                    report=self._kernels_used,
                 )
                 stack.enter_context(accelerated)
             yield self
@@ -165,7 +165,9 @@ class Accelerator:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
         used = [f"  {name}: {text}" for name, text in self._kernels_used.items()]
-        return "\n".join([str(self.devices), *lines, *(["kernels of the last fit", *used] if used else [])])
+        return "\n".join(
+            [str(self.devices), *lines, *(["kernels of the model compiled last", *used] if used else [])]
+        )
 
     def __repr__(self) -> str:
         """The call that makes the same choices again."""

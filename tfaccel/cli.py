@@ -9,14 +9,13 @@ import argparse
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Sequence
 
 import keras
-import numpy as np
 
 import tfaccel
 from tfaccel import terminal
+from tfaccel.archives import read_archive
 from tfaccel.demo.images import load_images
 from tfaccel.demo.run import run_demo
 from tfaccel.export.recipes import RECIPES
@@ -165,13 +164,7 @@ def _load_model(path: str) -> keras.Model:
 
 def _read_samples(path: str) -> tuple:
     """`(x,)` or `(x, y)` of a `.npz` file; `x_test` and `y_test` where it has no `x`."""
-    try:
-        with open(path, "rb") as file, np.load(file) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} can't be read: {error}. Allowed: a .npz file as np.savez writes it."
-        ) from error
+    arrays = read_archive(path)
     for x, y in (("x", "y"), ("x_test", "y_test")):
         if x in arrays:
             return (arrays[x], arrays[y]) if y in arrays else (arrays[x],)

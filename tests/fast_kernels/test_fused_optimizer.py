@@ -77,11 +77,10 @@ def test_every_optimizer_with_every_option_agrees_with_keras(name, options):
     shape=st.lists(st.integers(1, 9), max_size=4),
     steps=st.integers(1, 6),
     seed=st.integers(0, 2**20),
-    dtype=st.sampled_from(["float32", "float64"]),
 )
-def test_any_shape_and_dtype_agrees_with_keras(name, shape, steps, seed, dtype):
-    plain, before = run(FUSED[name], [tuple(shape)], steps, seed, False, dtype=dtype)
-    fused, _ = run(FUSED[name], [tuple(shape)], steps, seed, True, dtype=dtype)
+def test_any_shape_agrees_with_keras(name, shape, steps, seed):
+    plain, before = run(FUSED[name], [tuple(shape)], steps, seed, False)
+    fused, _ = run(FUSED[name], [tuple(shape)], steps, seed, True)
     assert worst_disagreement(plain, fused, before, TOLERANCE) <= 1
 
 
@@ -106,17 +105,18 @@ def test_an_update_of_the_users_own_is_left_alone():
     assert fused_optimizer.fused_update(Renamed()) is fused_optimizer.fused_update(optimizers.Adam())
 
 
-def test_sparse_gradients_and_half_precision_take_keras_own_update():
+def test_sparse_gradients_and_other_dtypes_take_keras_own_update():
     calls = []
-    adam = optimizers.Adam()
-    table, half = keras.Variable(np.ones((4, 2)), dtype="float32"), keras.Variable([1.0], dtype="float16")
-    adam.build([table, half])
+    adam = optimizers.Adam(0.1)
+    table = keras.Variable(np.ones((4, 2)), dtype="float32")
+    others = [keras.Variable([1.0], dtype=dtype) for dtype in ("float16", "float64")]
+    adam.build([table, *others])
     sparse = tf.IndexedSlices(tf.ones((1, 2)), tf.constant([2]), tf.constant([4, 2]))
     with fused_optimizer.fused(adam, lambda *arguments: calls.append(arguments)):
-        adam.apply([sparse, tf.ones([1], tf.float16)])
+        adam.apply([sparse, *(tf.ones([1], variable.dtype) for variable in others)])
     assert calls == []
-    assert table.numpy()[2, 0] < 1
-    assert half.numpy()[0] < 1
+    for variable in (table, *others):
+        assert float(np.min(np.asarray(variable.numpy(), "float64"))) < 1
 
 
 def test_nothing_stays_on_the_optimizer_after_an_exception():

@@ -43,8 +43,10 @@ def assert_same_run(plain, fused, steps):
     bound = steps * 1e-3 * (64 + 1000) * EPS * 10 + 4 * EPS
     for a, b in zip(plain.get_weights(), fused.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=bound)
-    for a, b in zip(plain.optimizer.variables[:1], fused.optimizer.variables[:1], strict=True):
-        assert int(a) == int(b)
+    for a, b in zip(plain.optimizer.variables, fused.optimizer.variables, strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        # Slots see gradients at weights that are that far apart.
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(a) + 1e-7
 
 
 def arrays(small):

@@ -47,6 +47,15 @@ def test_nested_inputs_and_outputs_other_dtypes_and_an_unbuilt_model():
     assert_equal_outputs(tfaccel.predictor(lazy)(np.ones((2, 3))), lazy.predict(np.ones((2, 3)), verbose=0))
 
 
+def test_the_same_shapes_in_another_structure_are_another_program():
+    a, b = keras.Input((2,), name="query"), keras.Input((2,), name="document")
+    model = keras.Model([a, b], keras.layers.Subtract()([a, b]))
+    predict = tfaccel.predictor(model)
+    query, document = np.full((1, 2), 5.0), np.full((1, 2), 3.0)
+    np.testing.assert_array_equal(predict({"query": query, "document": document}), [[2.0, 2.0]])
+    np.testing.assert_array_equal(predict([query, document]), [[2.0, 2.0]])
+
+
 def test_training_on_is_seen(helpers, small):
     model = helpers.compile(helpers.build())
     predict = tfaccel.predictor(model)

@@ -179,3 +179,16 @@ def test_a_wrong_variable_is_named(wrong):
 def test_a_result_that_is_not_a_number_does_not_agree():
     variables, before, after = state()
     assert same_step(variables, before, after, [after[0] * np.nan, *after[1:]])
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_without_slots_every_weight_is_held_against_its_own_change(wrong):
+    """A bias moves little beside a kernel; with SGD its change is checked all the same."""
+    random = np.random.default_rng(0)
+    before = [random.normal(size=(40, 40)).astype("float32"), np.zeros(40, "float32")]
+    after = [before[0] + 0.1, before[1] + 0.003]
+    variables = [Variable("kernel", True), Variable("bias", True)]
+    assert same_step(variables, before, after, after) == ""
+    got = list(after)
+    got[wrong] = got[wrong] + 0.5 * (after[wrong] - before[wrong])
+    assert variables[wrong].name in same_step(variables, before, after, got)

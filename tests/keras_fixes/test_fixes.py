@@ -177,3 +177,19 @@ def test_clock_counts_ragged_rows():
 
 def test_no_fit_to_watch():
     assert watch_running_fit(keras.callbacks.Callback()) is None
+
+
+def test_canary_fit_shows_a_callback_nothing_of_its_input(helpers, small):
+    """Fails on the day Keras hands its iterator, or a measured waiting time, to callbacks."""
+    seen = {}
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.update(params=set(self.params), logs=set(logs), own=set(vars(self)))
+
+    model = helpers.compile(helpers.build())
+    model.fit(dataset(small), verbose=0, shuffle=False, callbacks=[Look()])
+    assert seen["params"] == {"verbose", "epochs", "steps"}
+    assert seen["logs"] == {"loss", "accuracy"}
+    assert seen["own"] <= {"validation_data", "_model", "params", "_params"}
+    assert not [name for name in vars(model) if "iterator" in name]

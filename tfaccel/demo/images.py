@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import pathlib
-import zipfile
 
 import numpy as np
+
+from tfaccel.archives import read_archive
 
 SMALLEST_IMAGE = 10  # what the demo's network leaves at least one pixel of
 
@@ -31,20 +32,14 @@ def load_images(path: str | os.PathLike | None = None) -> dict[str, np.ndarray]:
     """
     source = pathlib.Path(path) if path is not None else sample_path()
     names = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        # numpy leaves a file open that it can't read, unless it is given one.
-        with open(source, "rb") as file, np.load(file) as archive:
-            missing = [name for name in names if name not in archive.files]
-            data = {name: archive[name] for name in names if name in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"--data {source} can't be read: {error}. Allowed: a .npz file as np.savez writes it."
-        ) from error
+    archive = read_archive(source)
+    missing = [name for name in names if name not in archive]
     if missing:
         raise ValueError(
-            f"--data {source} has no {', '.join(missing)}. Allowed: {', '.join(names)}. Write it with "
+            f"{source} has no {', '.join(missing)}. Allowed: {', '.join(names)}. Write it with "
             "np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)."
         )
+    data = {name: archive[name] for name in names}
     for split in ("train", "test"):
         data[f"x_{split}"] = _check_images(data[f"x_{split}"], f"x_{split}")
     if data["x_train"].shape[1:] != data["x_test"].shape[1:]:

@@ -9,7 +9,7 @@ the value itself comes on top.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -58,44 +58,57 @@ def same_step(
     before: Sequence[np.ndarray],
     expected: Sequence[np.ndarray],
     got: Sequence[np.ndarray],
+    slots: Container[int] = (),
 ) -> str:
     """Compares what two programs made of every variable in one training step.
 
     Integers (seeds, counts) must be equal. A floating-point variable may differ by `STEP_TOLERANCE` of its
-    change. Some gradients are zero but for rounding (a bias before a normalization, the key bias of
-    attention): whatever rounding makes of them may differ, up to a thousandth of the change that a variable
-    of its kind and size has on average. Adam scales that noise up to a full step, so weights, told by their
-    being trainable, are held against the change of all weights together, at a tenth of it.
+    change, and by two roundings of its value. Some gradients are zero but for rounding (a bias before a
+    normalization, the key bias of attention): what rounding makes of them may differ, up to a thousandth of
+    the largest mean change that a variable of its kind has. Adam scales such noise up to a full step; so
+    where the optimizer has slots, which see the gradient before that, weights are held against the change
+    of all weights together, at a tenth of it.
 
     Args:
         variables: Everything that a step changes.
         before: Their values before the step.
         expected: Their values after Keras's way.
         got: Their values after the other way.
+        slots: `id` of those that are the optimizer's.
 
     Returns:
         An empty string, or a sentence that says what differs.
     """
+    kinds = [_kind(v, a, slots) for v, a in zip(variables, before, strict=True)]
     moved = [
-        np.linalg.norm(np.float64(b) - a) if _floats(a) else 0.0
-        for a, b in zip(before, expected, strict=True)
+        0.0 if k == "exact" else _distance(a, b) for k, a, b in zip(kinds, before, expected, strict=True)
     ]
-    trained = [variable.trainable for variable in variables]
-    whole = float(np.linalg.norm(np.array([m for m, t in zip(moved, trained, strict=True) if t])))
-    slots = [i for i, t in enumerate(trained) if not t and _floats(before[i]) and before[i].ndim > 0]
-    typical = max((moved[i] / np.sqrt(before[i].size) for i in slots), default=0.0)
-    for i, variable in enumerate(variables):
-        if not _floats(before[i]):
+    whole = float(np.linalg.norm(np.array([m for m, k in zip(moved, kinds, strict=True) if k == "weight"])))
+    typical = {"weight": 0.0, "slot": 0.0, "other": 0.0}
+    for i, kind in enumerate(kinds):
+        if kind in ("weight", "slot"):
+            typical[kind] = max(typical[kind], moved[i] / np.sqrt(before[i].size))
+    for i, (variable, kind) in enumerate(zip(variables, kinds, strict=True)):
+        if kind == "exact":
             agrees = np.array_equal(expected[i], got[i])
         else:
-            noise = 0.1 * whole if trained[i] else 1e-3 * typical * np.sqrt(before[i].size)
+            noise = STEP_TOLERANCE * typical[kind] * np.sqrt(before[i].size)
+            if kind == "weight" and "slot" in kinds:
+                noise = 0.1 * whole
             stored = 2 * np.finfo(np.float32).eps * np.linalg.norm(np.float64(expected[i]))
-            allowed = STEP_TOLERANCE * moved[i] + noise + stored
-            agrees = bool(np.linalg.norm(np.float64(expected[i]) - got[i]) <= allowed)
+            agrees = bool(_distance(expected[i], got[i]) <= STEP_TOLERANCE * moved[i] + noise + stored)
         if not agrees:
             return f"its {variable.name} differed from TensorFlow's after one step by more than rounding"
     return ""
 
 
-def _floats(array: np.ndarray) -> bool:
-    return bool(np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16")
+def _kind(variable: tf.Variable, value: np.ndarray, slots: Container[int]) -> str:
+    if not (np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16"):
+        return "exact"
+    if variable.trainable:
+        return "weight"
+    return "slot" if id(variable) in slots and value.ndim > 0 else "other"
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(np.float64(b) - np.float64(a)))

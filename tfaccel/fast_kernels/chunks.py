@@ -85,7 +85,8 @@ def count_exactly(epoch_iterator: Any, begin: Callable[[], Any], function: Any) 
             if it._num_batches and it._steps_seen >= it._num_batches:
                 it._interrupted_warning()
                 break
-            count = function.length.steps
+            # Where the data end is not known, and a long call would be numbered far past it.
+            count = function.length.steps if steps else it.steps_per_execution
             for total, done in ((steps, step), (it._num_batches, it._steps_seen)):
                 count = min(count, total - done) if total else count
             chunk = Chunk(it._current_iterator, it._steps_seen, count, it)
@@ -101,9 +102,15 @@ def count_exactly(epoch_iterator: Any, begin: Callable[[], Any], function: Any) 
 def watches_batches(callbacks: Any) -> bool:
     """Whether a callback of the user's looks at single batches, and so at how long a call is."""
     hooks = [f"on_{kind}batch_{end}" for kind in ("", "train_", "test_") for end in ("begin", "end")]
-    base = keras.callbacks.Callback
-    own = [c for c in getattr(callbacks, "callbacks", ()) if not isinstance(c, keras.callbacks.ProgbarLogger)]
-    return any(getattr(type(c), hook) is not getattr(base, hook) for c in own for hook in hooks)
+
+    def watches(callback: keras.callbacks.Callback) -> bool:
+        # These have batch hooks that do nothing, unless they were told to save by batches.
+        if isinstance(callback, keras.callbacks.ProgbarLogger) or vars(callback).get("save_freq") == "epoch":
+            return False
+        # On the object: `LambdaCallback` puts its hooks there.
+        return not all(getattr(getattr(callback, hook), "_is_default", False) for hook in hooks)
+
+    return any(watches(callback) for callback in getattr(callbacks, "callbacks", ()))
 
 
 def running_loop() -> dict[str, Any]:

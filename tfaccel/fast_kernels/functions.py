@@ -8,6 +8,7 @@ steps that count, and the faster one stays.
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,9 +23,10 @@ from tfaccel.fast_kernels.same_random import same_random_numbers
 from tfaccel.fast_kernels.step_loop import resident_loop, stream_loop
 from tfaccel.keras_fixes.input_clock import Reading
 
-# XLA's convolutions on a CPU: 713 ms a step where TensorFlow's take 19 (benchmarks/step_time.py).
+# 30 times slower on a CPU: step_time.py --models cnn_bn --batches 32 --contenders tf_plain tf_xla
 SLOW_IN_XLA_ON_CPU = ("Conv", "DepthwiseConv", "MaxPool", "AvgPool", "Resize")
 NOT_IN_XLA = ("PyFunc", "EagerPyFunc", "Lookup", "String", "Unique", "Where")
+MOST_PROGRAMS = 8  # kept for one model
 COMPILE_SECONDS = 1.0  # to begin with
 COMPILE_SECONDS_AN_OP = 4e-3
 HOPED_GAIN = 0.5  # of the time that is left
@@ -36,21 +38,24 @@ class XlaTrial:
     Args:
         steps_left: How many steps the run still has.
         report: Is told the outcome, in words.
+        decided: True or False where there is nothing to find out.
     """
 
-    def __init__(self, steps_left: int, report: Callable[[str], None]):
+    def __init__(self, steps_left: int, report: Callable[[str], None], decided: bool | None = None):
         self.steps_left = steps_left
         self.report = report
-        self.decided: bool | None = None
+        self.decided = decided
         self._step_s: dict[bool, list[float]] = {False: [], True: []}
-        self._calls = 0
+        self._ops: list[str] = []
 
     def note(self, xla: bool, steps: int, seconds: float) -> None:
         """Takes the time of one call of either program; the first of each compiles and is left out."""
         self.steps_left -= steps
-        self._step_s[xla].append(seconds / steps)
+        if self.decided is not None:
+            return
         times = self._step_s
-        if self.decided is None and len(times[True]) >= 3 and len(times[False]) >= 3:
+        times[xla].append(seconds / steps)
+        if len(times[True]) >= 3 and len(times[False]) >= 3:
             plain, compiled = (float(np.median(times[xla][1:])) for xla in (False, True))
             self.decide(compiled < 0.95 * plain, f"{compiled / plain:.2f} × the time of a step without it")
 
@@ -75,22 +80,22 @@ class XlaTrial:
         return len(times[True]) < 3
 
     def _is_worth_trying(self, program: Any) -> bool:
-        names = op_types(program)
-        for prefix in SLOW_IN_XLA_ON_CPU:
-            if any(name.startswith(prefix) for name in names):
-                self.decide(False, f"it is slow for {prefix} on a CPU")
-                return False
-        if any(part in name for name in names for part in NOT_IN_XLA):
-            self.decide(False, "it can't compile every op of the step")
-            return False
+        if not self._ops:
+            self._ops = op_types(program)
+            slow = next((p for p in SLOW_IN_XLA_ON_CPU for op in self._ops if op.startswith(p)), None)
+            if slow:
+                self.decide(False, f"it is slow for {slow} on a CPU")
+            elif any(part in op for op in self._ops for part in NOT_IN_XLA):
+                self.decide(False, "it can't compile every op of the step")
+        if self.decided is not None:
+            return self.decided
         left = self.steps_left * float(np.median(self._step_s[False][1:]))
-        return left * HOPED_GAIN > COMPILE_SECONDS + COMPILE_SECONDS_AN_OP * len(names)
+        return left * HOPED_GAIN > COMPILE_SECONDS + COMPILE_SECONDS_AN_OP * len(self._ops)
 
 
 def op_types(program: Any) -> list[str]:
     """The type of every op in a traced program, with those of the functions that it calls."""
-    concrete = program._list_all_concrete_functions()[0]
-    definition = concrete.graph.as_graph_def()
+    definition = program._list_all_concrete_functions()[0].graph.as_graph_def()
     inner = [node.op for function in definition.library.function for node in function.node_def]
     return [node.op for node in definition.node] + inner
 
@@ -129,7 +134,7 @@ class FastFunction:
     Args:
         keras_function: Keras's, for batches that come as Python objects.
         step: From a batch to its logs.
-        state: Gives every variable that a step may change.
+        state: Gives the variables that a step may change, and those of them that are the optimizer's.
         xla: True, False, or None to find out.
         report: Is told what was found out about XLA.
     """
@@ -138,7 +143,7 @@ class FastFunction:
         self,
         keras_function: Any,
         step: Any,
-        state: Callable[[], list[tf.Variable]],
+        state: Callable[[], tuple[list[tf.Variable], list[tf.Variable]]],
         xla: bool | None,
         report: Callable[[str], None],
     ):
@@ -147,7 +152,7 @@ class FastFunction:
         self._state = state
         self._xla = xla
         self._report = report
-        self._programs: dict[Any, Any] = {}
+        self._programs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._trials: dict[Any, XlaTrial] = {}
         self._steps_left = 0
         self.length = CallLength(1, False)
@@ -170,7 +175,8 @@ class FastFunction:
             size, samples = source.batches.batch_size, source.batches.samples
             examples = min((first + count) * size, samples) - first * size
         else:
-            program = self._program("stream", lambda: stream_loop(self._step))
+            xla = self._xla is True
+            program = self._program("stream", lambda: stream_loop(self._xla_step if xla else self._step, xla))
             logs, *counts = program(source, tf.constant(count))
             count, examples, waited_s = (tensor.numpy().item() for tensor in counts)
         iterator.ran(count)
@@ -180,19 +186,17 @@ class FastFunction:
 
     def _run_resident(self, source: Pass, first: int, count: int) -> Any:
         batches = source.batches
-        trial = self._trial(batches)
-        plain = self._resident(batches, xla=False)
+        trial, plain = self._trial(batches), self._plain(batches)
         full = min(count, batches.full_batches - first)
         logs = None
         while full > 0:
-            xla = trial.next_is_xla(plain)
-            now = full
-            if xla and trial.decided is None and (batches.signature, True) not in self._programs:
-                now = 1
-                logs = self._try_xla(trial, source, first)
+            now, xla = full, trial.next_is_xla(plain)
+            if xla and trial.decided is None and self._xla_key(batches) not in self._programs:
+                now, logs = 1, self._try_xla(trial, source, first)
             else:
                 started = time.perf_counter()
-                logs = self._resident(batches, xla)(*_arguments(source, first, now))
+                program = self._compiled(batches) if xla else plain
+                logs = program(*_arguments(source, first, now))
                 trial.note(xla, now, time.perf_counter() - started)
             first, full, count = first + now, full - now, count - now
         if count > 0:  # the partial batch at the end
@@ -202,40 +206,58 @@ class FastFunction:
     def _try_xla(self, trial: XlaTrial, source: Pass, first: int) -> Any:
         """Runs one step both ways from the same state; the state afterwards is that of one step."""
         arguments = _arguments(source, first, 1)
-        plain, compiled = (self._resident(source.batches, xla) for xla in (False, True))
-        variables = self._state()
-        copies = 3 * sum(variable.dtype.size * variable.shape.num_elements() for variable in variables)
-        if copies > MEMORY_FRACTION * free_memory_bytes():
-            trial.decide(False, "the state of the model is too large to be kept twice for a trial")
+        plain, compiled = self._plain(source.batches), self._compiled(source.batches)
+        trial.steps_left -= 1
+        variables, slots = self._variables(plain)
+        reason = _why_not_twice(plain, variables)
+        if reason:
+            trial.decide(False, reason)
             return plain(*arguments)
         before = [variable.numpy() for variable in variables]
         logs = plain(*arguments)
         expected = [variable.numpy() for variable in variables]
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
+        _assign(variables, before)
         try:
             compiled(*arguments)
         except tf.errors.OpError as error:
             reason = f"it can't compile the step ({str(error).splitlines()[0][:80]})"
         else:
-            reason = same_step(variables, before, expected, [variable.numpy() for variable in variables])
+            got = [variable.numpy() for variable in variables]
+            reason = same_step(variables, before, expected, got, slots)
         if reason:
             trial.decide(False, reason)
-            for variable, value in zip(variables, expected, strict=True):
-                variable.assign(value)
-        trial.steps_left -= 1
+            _assign(variables, expected)
         return logs
 
-    def _trial(self, batches: ResidentBatches) -> XlaTrial:
-        if batches.signature not in self._trials:
-            trial = self._trials[batches.signature] = XlaTrial(self._steps_left, self._report)
-            trial.decided = self._xla
-        return self._trials[batches.signature]
+    def _variables(self, program: Any) -> tuple[list[tf.Variable], set[int]]:
+        """Every variable of a traced program, and the `id`s of those that are the optimizer's.
 
-    def _resident(self, batches: ResidentBatches, xla: bool) -> Any:
-        static = xla or batches.samples % batches.batch_size == 0
-        step = self._xla_step if xla else self._step
-        return self._program((batches.signature, xla), lambda: resident_loop(step, batches, static, xla))
+        The program's own list lacks what the fused op updates; the model's lacks what Keras doesn't track,
+        such as a second optimizer.
+        """
+        known, slots = self._state()
+        traced = program._list_all_concrete_functions()[0].graph.variables
+        variables = {id(variable): variable for variable in (*known, *traced)}
+        return list(variables.values()), {id(slot) for slot in slots}
+
+    def _trial(self, batches: ResidentBatches) -> XlaTrial:
+        key = (self._xla_key(batches), batches.samples)  # XLA compiles for one number of samples
+        if key not in self._trials:
+            while len(self._trials) >= MOST_PROGRAMS:
+                del self._trials[next(iter(self._trials))]
+            self._trials[key] = XlaTrial(self._steps_left, self._report, self._xla)
+        return self._trials[key]
+
+    def _plain(self, batches: ResidentBatches) -> Any:
+        form = batches.form
+        return self._program(form.signature, lambda: resident_loop(self._step, form, None))
+
+    def _compiled(self, batches: ResidentBatches) -> Any:
+        form, size = batches.form, batches.batch_size
+        return self._program(self._xla_key(batches), lambda: resident_loop(self._xla_step, form, size))
+
+    def _xla_key(self, batches: ResidentBatches) -> tuple:
+        return "xla", batches.form.signature, batches.batch_size
 
     def _xla_step(self, data: Any) -> Any:
         with same_random_numbers():
@@ -244,8 +266,30 @@ class FastFunction:
     def _program(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._programs:
             self._programs[key] = make()
+            if len(self._programs) > MOST_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
         return self._programs[key]
 
 
+def _why_not_twice(program: Any, variables: list[tf.Variable]) -> str:
+    """Why a step can't be run twice from the same state; empty where it can."""
+    copies = 3 * sum(variable.dtype.size * variable.shape.num_elements() for variable in variables)
+    if copies > MEMORY_FRACTION * free_memory_bytes():
+        return "the state of the model is too large to be kept twice for a trial"
+    handles = {id(variable.handle) for variable in variables}
+    concrete = program._list_all_concrete_functions()[0]
+    resources = [tensor for tensor in concrete.captured_inputs if tensor.dtype == tf.resource]
+    if any(id(tensor) not in handles for tensor in resources):
+        return "the step changes something that can't be set back for a trial"
+    return ""
+
+
+def _assign(variables: list[tf.Variable], values: list[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
 def _arguments(source: Pass, first: int, count: int) -> tuple:
-    return source.batches.leaves, source.order, tf.constant(first), tf.constant(count)
+    numbers = (source.batches.batch_size, first, count)
+    return source.batches.leaves, source.order, *(tf.constant(number, tf.int32) for number in numbers)

@@ -5,7 +5,7 @@ with its own pass over memory and its own scheduling. TensorFlow still has the f
 They are called here on the user's own optimizer object and its own slot variables, in place of
 `optimizer.update_step` only; so clipping, weight decay, EMA, accumulation, loss scaling, constraints,
 `iterations`, `get_config` and saving stay what they are. Keras's own update is used for sparse gradients,
-for half-precision variables, and for optimizers without such an op (Adagrad, Nadam, Lion, Lamb, RMSprop
+for variables that are not float32, and for optimizers without such an op (Adagrad, Nadam, Lion, Lamb, RMSprop
 without momentum: Keras adds epsilon at another place, or TensorFlow's op needs a slot that Keras hasn't).
 
 Measured by `benchmarks/step_time.py`.
@@ -123,12 +123,20 @@ def _adadelta(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rat
 
 
 # By the function that an optimizer inherits: a subclass with an update of its own is left alone.
-UPDATES: dict[Callable, Update] = {
+UPDATES: dict[Any, Update] = {
     keras.optimizers.Adam.update_step: _adam,
     keras.optimizers.SGD.update_step: _sgd,
     keras.optimizers.RMSprop.update_step: _rmsprop,
     keras.optimizers.Adamax.update_step: _adamax,
     keras.optimizers.Adadelta.update_step: _adadelta,
+}
+# What the updates read of an optimizer, and whose update they stand for.
+SETTINGS: dict[Update, tuple[type, tuple[str, ...]]] = {
+    _adam: (keras.optimizers.Adam, ("beta_1", "beta_2", "epsilon", "amsgrad")),
+    _sgd: (keras.optimizers.SGD, ("momentum", "nesterov")),
+    _rmsprop: (keras.optimizers.RMSprop, ("rho", "momentum", "epsilon", "centered")),
+    _adamax: (keras.optimizers.Adamax, ("beta_1", "beta_2", "epsilon")),
+    _adadelta: (keras.optimizers.Adadelta, ("rho", "epsilon")),
 }
 
 
@@ -139,7 +147,7 @@ def fused_update(optimizer: keras.optimizers.Optimizer) -> Update | str:
         optimizer: The one that updates weights (not a `LossScaleOptimizer`).
     """
     name = type(optimizer).__name__
-    update = UPDATES.get(getattr(type(optimizer), "update_step", type(None)))
+    update = UPDATES.get(getattr(type(optimizer), "update_step", None))
     if update is None:
         return f"TensorFlow has no fused op that computes {name}'s update"
     if update is _rmsprop and not optimizer.momentum > 0:
@@ -161,7 +169,7 @@ def fused(optimizer: keras.optimizers.Optimizer, update: Update) -> Iterator[Non
 
     def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
         dense = isinstance(gradient, tf.Tensor)
-        if not dense or variable.dtype not in (tf.float32, tf.float64):
+        if not dense or variable.dtype != tf.float32:
             original(gradient, variable, learning_rate)
             return
         update(optimizer, tf.cast(gradient, variable.dtype), variable, learning_rate)
@@ -174,26 +182,28 @@ def fused(optimizer: keras.optimizers.Optimizer, update: Update) -> Iterator[Non
 
 
 def probe(optimizer: keras.optimizers.Optimizer, update: Update, steps: int = 3) -> float:
-    """Runs Keras's update and the fused one on twins of the optimizer; how far they lie apart.
+    """Runs Keras's update and a fused one on two small optimizers; how far they lie apart.
 
     Args:
-        optimizer: Whose configuration is tried; it is not touched.
-        update: What `fused_update` gave.
+        optimizer: Whose settings are tried; it is not touched.
+        update: The one to try, for instance what `fused_update` gave.
         steps: Updates, with gradients of very different sizes.
 
     Returns:
         As `disagreement`: up to 1 they agree.
     """
+    base, names = SETTINGS[UPDATES[type(optimizer).update_step]]
+    # A rate of 1, so that the change is not lost in the rounding of the weights.
+    settings = {"learning_rate": 1.0, **{name: getattr(optimizer, name) for name in names}}
     random = np.random.default_rng(0)
     start = random.normal(size=64).astype("float32")
-    gradients = [
-        random.normal(size=64).astype("float32") * 10.0 ** random.uniform(-4, 1) for _ in range(steps)
-    ]
+    sizes = 10.0 ** random.uniform(-4, 1, steps)
+    gradients = [(size * random.normal(size=64)).astype("float32") for size in sizes]
     states = []
     for fuse in (False, True):
         with tf.init_scope(), tf.device("CPU:0"):
-            variable = keras.Variable(start, dtype="float32")
-            twin = _twin(optimizer)
+            variable = keras.Variable(start, dtype="float32", name="probe")
+            twin = base(**settings)
             twin.build([variable])
             with fused(twin, update) if fuse else contextlib.nullcontext():
                 for gradient in gradients:
@@ -208,15 +218,6 @@ def _tolerance(optimizer: keras.optimizers.Optimizer) -> float:
     eps = float(np.finfo(np.float32).eps)
     decays = [getattr(optimizer, name, None) for name in ("beta_1", "beta_2", "rho", "momentum")]
     return eps * (UNITS + max(1 / (1 - d) for d in [0.0, *decays] if isinstance(d, float) and d < 1))
-
-
-def _twin(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    config = optimizer.get_config()
-    # What surrounds the update is Keras's in both; a schedule may be the user's own class. A rate of 1, so
-    # that the change is not lost in the rounding of the weights.
-    config.update(learning_rate=1.0, gradient_accumulation_steps=None, use_ema=False)
-    config.update(ema_overwrite_frequency=None, loss_scale_factor=None)
-    return type(optimizer).from_config(config)
 
 
 def _slot(optimizer: Any, name: str, variable: tf.Variable) -> tf.Tensor:

@@ -1,8 +1,8 @@
 """Which kernels a model trains with: put on it when it is compiled in a scope, proven at its first `fit`.
 
-Nothing of the user's is replaced for good. The model gets `make_train_function` and `make_test_function` of
-its own, which Keras calls at the beginning of every `fit` and `evaluate`; optimizer and layers are touched
-only while a step is being traced.
+Nothing of the user's is replaced for good. The model gets a `make_train_function` of its own, and one each
+for testing and predicting, which Keras calls at the beginning of every `fit`, `evaluate` and `predict`;
+optimizer and layers are touched only while a step is being traced.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import keras
@@ -19,15 +19,17 @@ import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter, make_class_weight_map_fn
+from keras.src.trainers.trainer import model_supports_jit
 
 from tfaccel.fast_kernels import fused_batch_norm, fused_optimizer, resident
 from tfaccel.fast_kernels.chunks import CallLength, count_exactly, is_stream, running_loop, watches_batches
 from tfaccel.fast_kernels.functions import FastFunction, LoopClock
+from tfaccel.fast_kernels.prediction import PredictFunction, sliced
 from tfaccel.fast_kernels.resident import ATTRIBUTE, Pass, ResidentBatches
 from tfaccel.keras_fixes.compile_checks import around_compile
 from tfaccel.keras_fixes.input_clock import CLOCK_ATTRIBUTE
 
-Report = Callable[[str, str], None]
+Report = MutableMapping[str, str]
 
 
 def accelerate_at_compile(
@@ -53,11 +55,12 @@ def accelerate(model: keras.Model, *, xla: bool | None, growing_calls: bool, rep
             stay as they are; the report says so.
         xla: Whether the loop is compiled by XLA: True, False, or None to find out while it runs.
         growing_calls: Whether a call into TensorFlow may run more than `model.steps_per_execution` steps.
-        report: Is told, by name, what was chosen and why.
+        report: Is given, by name, what was chosen and why; what it says of another model goes.
     """
+    report.clear()
     reason = _why_not(model)
     if reason:
-        report("loop", f"Keras's own: {reason}")
+        report["loop"] = f"Keras's own: {reason}"
         return
     if "make_train_function" in vars(model):
         model.make_train_function()  # what an interrupted fit left on the model comes off
@@ -65,10 +68,13 @@ def accelerate(model: keras.Model, *, xla: bool | None, growing_calls: bool, rep
     kernels = Kernels(model, xla, growing_calls, report)
     model.make_train_function = kernels.make_train_function
     model.make_test_function = kernels.make_test_function
+    model.make_predict_function = kernels.make_predict_function
+    if type(model).predict is keras.Model.predict:
+        model.predict = kernels.predict
 
 
 def _why_not(model: keras.Model) -> str:
-    for name in ("make_train_function", "make_test_function"):
+    for name in ("make_train_function", "make_test_function", "make_predict_function"):
         if getattr(type(model), name) is not getattr(keras.Model, name):
             return f"{type(model).__name__} has a {name} of its own"
     if model.run_eagerly:
@@ -87,6 +93,7 @@ class Kernels:
         self._report = report
         self._update: fused_optimizer.Update | str | None = None
         self._batch_norm: dict[str, bool] = {}
+        self._plain_functions: dict[str, Any] = {}
 
     def make_train_function(self, force: bool = False) -> None:
         """As Keras has it; called at the beginning of `fit` and by callbacks that want a new trace."""
@@ -96,25 +103,75 @@ class Kernels:
         """As Keras has it; called at the beginning of `evaluate`."""
         self._make("test", force)
 
-    def _make(self, kind: str, force: bool) -> None:
+    def make_predict_function(self, force: bool = False) -> None:
+        """As Keras has it; called at the beginning of `predict`."""
+        model = self._trained_model()
+        if self._is_plain(model):
+            anew = force or isinstance(model.predict_function, PredictFunction)
+            type(model).make_predict_function(model, anew)
+        elif model.predict_function is None or force:
+            model.predict_function = PredictFunction(model)
+
+    @functools.wraps(keras.Model.predict)
+    def predict(  # noqa: D102
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: str | int = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Any:
+        model = self._trained_model()
+        x = x if self._is_plain(model) else sliced(x, batch_size, steps)
+        return type(model).predict(
+            model, x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
+        )
+
+    def _trained_model(self) -> keras.Model:
         model = self._model()
         if model is None:
             raise ReferenceError("the model of these kernels is gone")
-        name = f"{kind}_function"
-        if model.optimizer is not self._optimizer or model.run_eagerly or tf.config.functions_run_eagerly():
-            # Compiled anew outside of the scope, or being debugged: plain Keras was asked for.
-            getattr(type(model), f"make_{name}")(model, force)
-            return
-        if getattr(model, name) is None or force:
-            self._prove()
-            step = self._fused(getattr(model, f"{kind}_step"))
-            xla = True if model.jit_compile is True else self._xla if kind == "train" else False
-            report = functools.partial(self._report, "xla")
-            fast = FastFunction(model._make_function(step), step, self._state, xla, report)
-            setattr(model, name, fast)
-        self._bind(model, getattr(model, name))
+        return model
 
-    def _bind(self, model: keras.Model, function: FastFunction) -> None:
+    def _is_plain(self, model: keras.Model) -> bool:
+        """Compiled anew outside of the scope, or being debugged: plain Keras was asked for."""
+        anew = model.optimizer is not self._optimizer
+        return anew or model.run_eagerly or tf.config.functions_run_eagerly()
+
+    def _make(self, kind: str, force: bool) -> None:
+        model = self._trained_model()
+        name = f"{kind}_function"
+        present = getattr(model, name)
+        if present is self._plain_functions.get(kind):
+            present = None  # made below, in a fit that was debugged
+        if self._is_plain(model):
+            anew = force or present is None or isinstance(present, FastFunction)
+            getattr(type(model), f"make_{name}")(model, anew)
+            self._plain_functions[kind] = getattr(model, name)
+            return
+        if present is None or force:
+            self._prove()
+            step = model._autoconvert_optionals(self._fused(getattr(model, f"{kind}_step")))
+            report = functools.partial(self._report.__setitem__, "xla")
+            keras_function = model._make_function(step)
+            setattr(
+                model,
+                name,
+                FastFunction(keras_function, step, self._state, self._xla_for(model, kind), report),
+            )
+        # A function that the user put there is theirs, as Keras has it.
+        if isinstance(getattr(model, name), FastFunction):
+            self._bind(model, getattr(model, name), kind)
+
+    def _xla_for(self, model: keras.Model, kind: str) -> bool | None:
+        """Whether XLA compiles the loop; None to find out."""
+        if not model_supports_jit(model):
+            return False  # a layer that XLA can't compile, or deterministic ops: as Keras decides
+        if model.jit_compile is True:
+            return True
+        return self._xla if kind == "train" else False
+
+    def _bind(self, model: keras.Model, function: FastFunction, kind: str) -> None:
         """Lets the `fit` or `evaluate` that is running hand over chunks."""
         loop = running_loop()
         epoch_iterator = loop.get("epoch_iterator")
@@ -123,17 +180,20 @@ class Kernels:
         grows = self._growing_calls and not watches_batches(loop.get("callbacks"))
         function.length = CallLength(epoch_iterator.steps_per_execution, grows)
         if not hasattr(epoch_iterator, CLOCK_ATTRIBUTE):  # `fit` keeps that of its validation
-            _build_state(model, epoch_iterator._distributed_dataset.element_spec)
+            if kind == "train":
+                _build_state(model, epoch_iterator._distributed_dataset.element_spec)
             epoch_iterator.resident_data = self._resident_data(epoch_iterator, loop)
             setattr(epoch_iterator, CLOCK_ATTRIBUTE, LoopClock())
         function.clock = getattr(epoch_iterator, CLOCK_ATTRIBUTE)
         data = epoch_iterator.resident_data
-        if isinstance(data, ResidentBatches):
-            self._report("loop", "compiled, data resident in memory")
+        resident_now = isinstance(data, ResidentBatches)
+        if resident_now:
             count_exactly(epoch_iterator, lambda: Pass(data, data.new_order()), function)
         else:
-            self._report("loop", f"compiled, data streamed: {data}")
             count_exactly(epoch_iterator, lambda: iter(epoch_iterator._distributed_dataset), function)
+        if kind == "train":
+            where = "resident in memory" if resident_now else f"streamed: {data}"
+            self._report["loop"] = f"compiled, data {where}"
         epochs = loop.get("epochs", 1) - loop.get("initial_epoch", 0)
         function.expect_steps(epochs * (epoch_iterator.num_batches or 0))
 
@@ -158,12 +218,11 @@ class Kernels:
             return batches
         return batches.with_transform(make_class_weight_map_fn(weights), key=tuple(sorted(weights.items())))
 
-    def _state(self) -> list[tf.Variable]:
-        """Every variable that a step may change. A traced function's own list lacks the fused op's slots."""
-        model = self._model()
-        found = [] if model is None else [*model.variables, *model.metrics_variables]
-        variables = [*found, *getattr(self._optimizer, "variables", ())]
-        return list({id(v.value): v.value for v in variables}.values())
+    def _state(self) -> tuple[list[tf.Variable], list[tf.Variable]]:
+        """The variables that Keras knows of: all, and those of the optimizer."""
+        model = self._trained_model()
+        slots = [variable.value for variable in getattr(self._optimizer, "variables", ())]
+        return [v.value for v in (*model.variables, *model.metrics_variables)] + slots, slots
 
     def _fused(self, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """The step, traced with fused kernels."""
@@ -196,7 +255,7 @@ class Kernels:
             far = fused_optimizer.probe(optimizer, update)
             update = update if far <= 1 else f"the fused op lay {far:.1f} × what rounding allows from it"
         own = isinstance(update, str)
-        self._report("optimizer", f"Keras's own: {update}" if own else "one fused op for each weight")
+        self._report["optimizer"] = f"Keras's own: {update}" if own else "one fused op for each weight"
         return update
 
     def _prove_batch_norm(self) -> None:
@@ -208,7 +267,7 @@ class Kernels:
             far = fused_batch_norm.probe(dtype) if dtype in fused_batch_norm.DTYPES else np.inf
             self._batch_norm[dtype] = far <= 1
             said = "one fused op for each layer" if far <= 1 else f"Keras's own: the op lay {far:.1f} × off"
-            self._report("batch_norm", said)
+            self._report["batch_norm"] = said
 
 
 def _inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
@@ -225,5 +284,5 @@ def _build_state(model: keras.Model, batch: Any) -> None:
         return
     shaped = [types.SimpleNamespace(shape=tuple(spec.shape), dtype=spec.dtype) for spec in specs]
     # What can't be built from shapes alone is made in the trace, as Keras does.
-    with contextlib.suppress(ValueError, TypeError, RuntimeError):
+    with contextlib.suppress(ValueError, TypeError, RuntimeError, AttributeError, LookupError):
         model._symbolic_build(data_batch=keras.tree.pack_sequence_as(batch, shaped))

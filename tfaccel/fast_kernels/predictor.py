@@ -78,7 +78,8 @@ class Predictor:
         """
         tensors = keras.tree.map_structure(_as_tensor, inputs)
         leaves = keras.tree.flatten(tensors)
-        key = tuple((leaf.dtype, *leaf.shape) for leaf in leaves)
+        structure = repr(keras.tree.map_structure(lambda leaf: 0, tensors))
+        key = (structure, *((leaf.dtype, *leaf.shape) for leaf in leaves))
         # Tracing changes state that Keras shares between threads, so one at a time.
         with self._lock:
             program = self._programs.get(key)

@@ -21,6 +21,34 @@ MEMORY_FRACTION = 0.25  # of the memory that is free: what a copy of the user's 
 ATTRIBUTE = "tfaccel_batches"
 
 
+class BatchForm:
+    """How batches look, without the data: all that a traced loop may hold on to.
+
+    Args:
+        structure: Nested arrays or tensors; None stays None.
+        transform: Maps a batch to another one inside the loop, such as class weights to sample weights.
+        transform_key: Equal for transforms that do the same.
+    """
+
+    def __init__(self, structure: Any, transform: Callable | None = None, transform_key: object = None):
+        leaves = [leaf for leaf in keras.tree.flatten(structure) if leaf is not None]
+        self.specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in leaves]
+        self._structure = keras.tree.map_structure(lambda leaf: 0, structure, none_is_leaf=False)
+        self._transform = transform
+        self._floatx = keras.config.floatx()
+        # What a compiled loop depends on: data of equal signature share one.
+        self.signature = (repr(self._structure), tuple(self.specs), transform_key, self._floatx)
+
+    def cut(self, leaves: list[tf.Tensor], rows: tf.Tensor) -> Any:
+        """The batch of the given rows, as Keras's own pipeline hands it over: floats in `floatx`."""
+        batch = iter([self._cast(tf.gather(leaf, rows)) for leaf in leaves])
+        data = keras.tree.map_structure(lambda leaf: next(batch), self._structure, none_is_leaf=False)
+        return data if self._transform is None else self._transform(*data)
+
+    def _cast(self, batch: tf.Tensor) -> tf.Tensor:
+        return tf.cast(batch, self._floatx) if batch.dtype.is_floating else batch
+
+
 class ResidentBatches:
     """Arrays in memory and how they are cut into batches.
 
@@ -32,15 +60,13 @@ class ResidentBatches:
     """
 
     def __init__(self, tensors: Any, samples: int, batch_size: int, shuffle: bool):
-        self.tensors = tensors
+        self.form = BatchForm(tensors)
         self.samples = samples
         self.batch_size = batch_size
-        self.shuffle = shuffle
-        self._transform: Callable | None = None
-        self._transform_key: object = None
-        self.num_batches = math.ceil(samples / batch_size)
         self.full_batches = samples // batch_size
-        self._floatx = keras.config.floatx()
+        self._tensors = tensors
+        self._shuffle = shuffle
+        self.leaves = [leaf for leaf in keras.tree.flatten(tensors) if leaf is not None]
 
     def with_transform(self, transform: Callable, key: object) -> ResidentBatches:
         """The same data, each batch changed inside the loop: `transform(*batch)`.
@@ -50,36 +76,14 @@ class ResidentBatches:
             key: Equal for transforms that do the same.
         """
         other = copy.copy(self)
-        other._transform, other._transform_key = transform, key
+        other.form = BatchForm(self._tensors, transform, key)
         return other
-
-    @property
-    def leaves(self) -> list[tf.Tensor]:
-        """The tensors without the structure around them."""
-        return [leaf for leaf in keras.tree.flatten(self.tensors) if leaf is not None]
-
-    @property
-    def signature(self) -> tuple:
-        """What a compiled loop depends on; two data sets with the same one share it."""
-        shapes = tuple((leaf.dtype.name, tuple(leaf.shape[1:])) for leaf in self.leaves)
-        partial = self.samples % self.batch_size > 0
-        structure = keras.tree.map_structure(lambda leaf: 0, self.tensors, none_is_leaf=False)
-        return repr(structure), shapes, self.batch_size, partial, self.shuffle, self._transform_key
 
     def new_order(self) -> tf.Tensor:
         """The rows in the order of one pass, shape `(samples,)`, int32; drawn from TensorFlow's seed."""
         with tf.device("CPU:0"):
             order = tf.range(self.samples, dtype=tf.int32)
-            return tf.random.shuffle(order) if self.shuffle else order
-
-    def cut(self, leaves: list[tf.Tensor], rows: tf.Tensor) -> Any:
-        """The batch of the given rows, as Keras's own pipeline hands it over: floats in `floatx`."""
-        batch = iter([self._cast(tf.gather(leaf, rows)) for leaf in leaves])
-        data = keras.tree.map_structure(lambda leaf: next(batch), self.tensors, none_is_leaf=False)
-        return data if self._transform is None else self._transform(*data)
-
-    def _cast(self, batch: tf.Tensor) -> tf.Tensor:
-        return tf.cast(batch, self._floatx) if batch.dtype.is_floating else batch
+            return tf.random.shuffle(order) if self._shuffle else order
 
 
 class Pass(NamedTuple):
@@ -109,7 +113,7 @@ def why_not_arrays(inputs: Any, shuffle: object) -> str:
     leaves = [leaf for leaf in keras.tree.flatten(inputs) if leaf is not None]
     if shuffle not in (True, False):
         return f"shuffle={shuffle!r} is left to Keras"
-    if not all(_is_plain(leaf) for leaf in leaves):
+    if not all(is_plain_array(leaf) for leaf in leaves):
         return "the data are not all dense numeric arrays"
     size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, np.ndarray))
     if size <= MEMORY_FRACTION * free_memory_bytes():
@@ -147,7 +151,8 @@ def free_memory_bytes() -> float:
         return math.inf
 
 
-def _is_plain(leaf: Any) -> bool:
+def is_plain_array(leaf: Any) -> bool:
+    """Whether it is a dense numpy array of numbers, or a tensor."""
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind in "biuf"
     return isinstance(leaf, tf.Tensor)

@@ -12,39 +12,41 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfaccel.fast_kernels.resident import ResidentBatches
+from tfaccel.fast_kernels.resident import BatchForm
 
 Step = Callable[[Any], Any]
 
 
-def resident_loop(step: Step, batches: ResidentBatches, static: bool, xla: bool) -> Any:
+def resident_loop(step: Step, form: BatchForm, static_size: int | None) -> Any:
     """A program that runs steps over rows gathered by index.
 
     Args:
         step: From a batch to its logs (nested scalars, or whatever a `train_step` gives back).
-        batches: What the batches are cut from.
-        static: Every batch has the full size. XLA needs it; without, the last batch may be smaller.
-        xla: Compile the whole loop with XLA.
+        form: How the batches look.
+        static_size: Rows of every batch, for a program that XLA compiles; None for one that takes any
+            size, and a last batch that is smaller, without XLA.
 
     Returns:
-        A function of `(leaves, order, first, count)`: the tensors, the order of the rows, the number of
-        the first batch and how many batches; gives the logs of the last step.
+        A function of `(leaves, order, size, first, count)`: the tensors, the order of the rows, rows a
+        batch, the number of the first batch and how many batches; gives the logs of the last step.
     """
-    size = batches.batch_size
 
-    def rows_of(order: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
-        if static:
-            # Not a slice: XLA would compile anew for each position.
-            return tf.gather(order, batch * size + tf.range(size))
-        return order[batch * size : tf.minimum((batch + 1) * size, tf.shape(order)[0])]
+    def run(
+        leaves: list[tf.Tensor], order: tf.Tensor, size: tf.Tensor, first: tf.Tensor, count: tf.Tensor
+    ) -> Any:
+        def numbered(batch: tf.Tensor) -> Any:
+            if static_size is not None:
+                # Not a slice: XLA would compile anew for each position.
+                rows = tf.gather(order, batch * static_size + tf.range(static_size))
+            else:
+                rows = order[batch * size : tf.minimum((batch + 1) * size, tf.shape(order)[0])]
+            return step(form.cut(leaves, rows))
 
-    def run(leaves: list[tf.Tensor], order: tf.Tensor, first: tf.Tensor, count: tf.Tensor) -> Any:
-        compiled = tf.function(
-            lambda batch: step(batches.cut(leaves, rows_of(order, batch))), autograph=False
-        )
-        return _repeat(compiled, first, count)
+        return _repeat(tf.function(numbered, autograph=False), first, count)
 
-    return tf.function(run, jit_compile=xla, autograph=False, reduce_retracing=True)
+    number = tf.TensorSpec([], tf.int32)
+    signature = [form.specs, tf.TensorSpec([None], tf.int32), number, number, number]
+    return tf.function(run, input_signature=signature, jit_compile=static_size is not None, autograph=False)
 
 
 def _repeat(step: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
@@ -65,11 +67,12 @@ def _repeat(step: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
     return outputs.pack(last)
 
 
-def stream_loop(step: Step) -> Any:
+def stream_loop(step: Step, xla: bool) -> Any:
     """A program that runs steps over the batches of an iterator.
 
     Args:
         step: From a batch to its logs.
+        xla: Compile each step with XLA, as Keras does.
 
     Returns:
         A function of `(iterator, count)`: gives the logs of the last step, how many steps were run (fewer
@@ -77,7 +80,7 @@ def stream_loop(step: Step) -> Any:
     """
 
     def run(iterator: Any, count: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor, tf.Tensor]:
-        compiled = tf.function(step, autograph=False, reduce_retracing=True)
+        compiled = tf.function(step, autograph=False, reduce_retracing=True, jit_compile=xla)
         structure = compiled.get_concrete_function(iterator.element_spec).structured_outputs
         outputs = _Outputs(structure)
 
@@ -110,10 +113,14 @@ def stream_loop(step: Step) -> Any:
 
 
 def _count_examples(batch: Any) -> tf.Tensor:
-    leaf = next(leaf for leaf in tf.nest.flatten(batch) if leaf is not None)
-    if isinstance(leaf, tf.RaggedTensor):
-        return tf.cast(leaf.nrows(), tf.int32)
-    return tf.cast(leaf.dense_shape[0], tf.int32) if isinstance(leaf, tf.SparseTensor) else tf.shape(leaf)[0]
+    for leaf in tf.nest.flatten(batch):
+        if isinstance(leaf, tf.RaggedTensor):
+            return tf.cast(leaf.nrows(), tf.int32)
+        if isinstance(leaf, tf.SparseTensor):
+            return tf.cast(leaf.dense_shape[0], tf.int32)
+        if isinstance(leaf, tf.Tensor) and leaf.shape.rank != 0:
+            return tf.shape(leaf)[0]
+    return tf.constant(1)
 
 
 class _Outputs:

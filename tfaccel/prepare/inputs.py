@@ -70,7 +70,6 @@ def make_dataset(
     if isinstance(x, tuple) and y is None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
     data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-    data = data if isinstance(data, tuple) else (data,)
     # tf.data stacks a list into one tensor; a tuple stays a structure.
     data = keras.tree.lists_to_tuples(keras.tree.map_structure(_as_array, data, none_is_leaf=False))
     samples = _count_samples(data)
