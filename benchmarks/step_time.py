@@ -122,6 +122,7 @@ class Worker:
         self.process.stdin.close()
         self.process.kill()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def measure(name: str, batch_size: int, contenders: list[str], turns: int) -> dict:

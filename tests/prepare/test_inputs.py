@@ -36,8 +36,13 @@ def test_length_is_known(accelerator):
 
 
 def test_batch_size_is_static_without_a_partial_batch(accelerator):
-    assert accelerator.dataset(X, batch_size=25).element_spec[0].shape == (25, 3)
-    assert accelerator.dataset(X, batch_size=16).element_spec[0].shape.as_list() == [None, 3]
+    assert accelerator.dataset(X, Y, batch_size=25).element_spec[0].shape == (25, 3)
+    assert accelerator.dataset(X, Y, batch_size=16).element_spec[0].shape.as_list() == [None, 3]
+
+
+def test_one_array_is_handed_over_bare_as_fit_does(accelerator):
+    (batch,) = read(accelerator.dataset(X, batch_size=50, shuffle=False))
+    np.testing.assert_array_equal(batch, X)
 
 
 def test_shuffle_draws_a_new_order_every_epoch(accelerator):
@@ -96,14 +101,14 @@ def test_dtypes_are_those_that_fit_would_feed(accelerator, dtype):
     x = X.astype(dtype)
     (batch,) = read(accelerator.dataset(x, batch_size=50, shuffle=False))
     if np.issubdtype(x.dtype, np.floating):
-        assert batch[0].dtype == "float32"
-        np.testing.assert_array_equal(batch[0], x.astype("float32"))
+        assert batch.dtype == "float32"
+        np.testing.assert_array_equal(batch, x.astype("float32"))
     elif x.dtype.kind in "US":
-        assert [v.decode() for v in batch[0].ravel()] == [
+        assert [v.decode() for v in batch.ravel()] == [
             np.str_(v) if x.dtype.kind == "U" else v.decode() for v in x.ravel()
         ]
     else:
-        assert batch[0].dtype == x.dtype
+        assert batch.dtype == x.dtype
 
 
 def test_tensors_and_frames(accelerator):
