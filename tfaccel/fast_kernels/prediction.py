@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import concat
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from tfaccel.fast_kernels.resident import is_plain_array
+from tfaccel.fast_kernels.resident import in_floatx, is_plain_array
 
 
 class SlicedArrays(DataAdapter):
@@ -43,7 +43,8 @@ class SlicedArrays(DataAdapter):
         """The batches, as `fit`'s pipeline would hand them over."""
         for start in range(0, self._samples, self._batch_size):
             rows = slice(start, start + self._batch_size)
-            leaves = [_as_batch(array[rows]) for array in keras.tree.flatten(self._arrays)]
+            arrays = keras.tree.flatten(self._arrays)
+            leaves = [in_floatx(tf.convert_to_tensor(array[rows])) for array in arrays]
             yield keras.utils.pack_x_y_sample_weight(keras.tree.pack_sequence_as(self._arrays, leaves))
 
     @property
@@ -65,11 +66,6 @@ class SlicedArrays(DataAdapter):
     def partial_batch_size(self) -> int | None:
         """Rows of the last batch where it is smaller."""
         return self._samples % self._batch_size or None
-
-
-def _as_batch(rows: Any) -> tf.Tensor:
-    tensor = tf.convert_to_tensor(rows)
-    return tf.cast(tensor, keras.config.floatx()) if tensor.dtype.is_floating else tensor
 
 
 def sliced(x: Any, batch_size: int | None, steps: int | None) -> Any:

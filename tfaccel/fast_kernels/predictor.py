@@ -15,6 +15,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfaccel.fast_kernels.resident import in_floatx
+
 
 def predictor(model: keras.Model, *, max_shapes: int = 16, jit: bool = False) -> Predictor:
     """Makes a fast, thread-safe function out of a model.
@@ -112,5 +114,4 @@ def _as_tensor(leaf: Any) -> tf.Tensor:
             "An input is a single number. Allowed: arrays of shape (samples, ...). Add the sample axis, "
             "as in np.asarray(x)[None]."
         )
-    # As `predict` does: floats come in the precision that Keras computes with by default.
-    return tf.cast(tensor, keras.config.floatx()) if tensor.dtype.is_floating else tensor
+    return in_floatx(tensor)

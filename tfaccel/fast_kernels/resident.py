@@ -41,12 +41,9 @@ class BatchForm:
 
     def cut(self, leaves: list[tf.Tensor], rows: tf.Tensor) -> Any:
         """The batch of the given rows, as Keras's own pipeline hands it over: floats in `floatx`."""
-        batch = iter([self._cast(tf.gather(leaf, rows)) for leaf in leaves])
+        batch = iter([in_floatx(tf.gather(leaf, rows), self._floatx) for leaf in leaves])
         data = keras.tree.map_structure(lambda leaf: next(batch), self._structure, none_is_leaf=False)
         return data if self._transform is None else self._transform(*data)
-
-    def _cast(self, batch: tf.Tensor) -> tf.Tensor:
-        return tf.cast(batch, self._floatx) if batch.dtype.is_floating else batch
 
 
 class ResidentBatches:
@@ -149,6 +146,16 @@ def free_memory_bytes() -> float:
         if "SC_AVPHYS_PAGES" in names:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return math.inf
+
+
+def in_floatx(tensor: tf.Tensor, floatx: str | None = None) -> tf.Tensor:
+    """Floats in the precision that `fit` and `predict` feed, other dtypes as they are.
+
+    Args:
+        tensor: Any shape.
+        floatx: As `keras.config.floatx()` was when the data were made; None asks it now.
+    """
+    return tf.cast(tensor, floatx or keras.config.floatx()) if tensor.dtype.is_floating else tensor
 
 
 def is_plain_array(leaf: Any) -> bool:

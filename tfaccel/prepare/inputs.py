@@ -98,7 +98,7 @@ def slice_batches(data: Any, samples: int, batch_size: int, shuffle: bool) -> tf
         stop = tf.minimum(start + batch_size, samples)
         batch = tf.gather(tensor, order[start:stop]) if shuffle else tensor[start:stop]
         batch.set_shape([static_size, *tensor.shape[1:]])
-        return tf.cast(batch, floatx) if batch.dtype.is_floating else batch
+        return resident.in_floatx(batch, floatx)
 
     def one_epoch(order: tf.Tensor) -> tf.data.Dataset:
         starts = tf.data.Dataset.range(0, samples, batch_size)
