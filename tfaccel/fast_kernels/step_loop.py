@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfaccel.fast_kernels.resident import BatchForm
+from tfaccel.keras_fixes.input_clock import count_examples
 
 Step = Callable[[Any], Any]
 
@@ -94,7 +95,7 @@ def stream_loop(step: Step, xla: bool) -> Any:
 
             def take() -> list[tf.Tensor]:
                 data = batch.get_value()
-                return [done + 1, examples + _count_examples(data), *outputs.flatten(compiled(data))]
+                return [done + 1, examples + count_examples(data), *outputs.flatten(compiled(data))]
 
             done, examples, *last = tf.cond(goes_on, take, lambda: [done, examples, *last])
             return [done, goes_on, examples, waited, *last]
@@ -110,17 +111,6 @@ def stream_loop(step: Step, xla: bool) -> Any:
         return outputs.pack(last), done, examples, waited
 
     return tf.function(run, autograph=False, reduce_retracing=True)
-
-
-def _count_examples(batch: Any) -> tf.Tensor:
-    for leaf in tf.nest.flatten(batch):
-        if isinstance(leaf, tf.RaggedTensor):
-            return tf.cast(leaf.nrows(), tf.int32)
-        if isinstance(leaf, tf.SparseTensor):
-            return tf.cast(leaf.dense_shape[0], tf.int32)
-        if isinstance(leaf, tf.Tensor) and leaf.shape.rank != 0:
-            return tf.shape(leaf)[0]
-    return tf.constant(1)
 
 
 class _Outputs:

@@ -70,8 +70,7 @@ class InputClock:
         asked = tf.data.Dataset.counter().map(lambda _: tf.timestamp())
 
         def hand_over(asked_at: tf.Tensor, batch: Any) -> Any:
-            leaf = next(leaf for leaf in tf.nest.flatten(batch) if leaf is not None)
-            examples = leaf.nrows() if isinstance(leaf, tf.RaggedTensor) else tf.shape(leaf)[0]
+            examples = count_examples(batch)
             waited, seen, batches, steady_at = tf.unstack(self._totals)
             self._totals.assign(
                 tf.stack(
@@ -94,6 +93,18 @@ class InputClock:
     def read(self) -> Reading:
         """What was counted since `reset()`."""
         return Reading(*map(float, self._totals.numpy()))
+
+
+def count_examples(batch: Any) -> tf.Tensor:
+    """Rows of a batch, from its first leaf that has a sample axis; 1 where none has. A scalar int32."""
+    for leaf in tf.nest.flatten(batch):
+        if isinstance(leaf, tf.RaggedTensor):
+            return tf.cast(leaf.nrows(), tf.int32)
+        if isinstance(leaf, tf.SparseTensor):
+            return tf.cast(leaf.dense_shape[0], tf.int32)
+        if isinstance(leaf, tf.Tensor) and leaf.shape.rank != 0:
+            return tf.shape(leaf)[0]
+    return tf.constant(1)
 
 
 def running_epoch_iterator() -> Any:
