@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfaccel.fast_kernels import fused_batch_norm
-from tfaccel.fast_kernels.agreement import UNITS, worst_disagreement
+from tfaccel.fast_kernels.agreement import EPSILON, UNITS, worst_disagreement
 
 EPS = float(np.finfo("float32").eps)
 
@@ -27,7 +27,7 @@ def step(shape, fuse, seed=0, policy="float32", **options):
         tape.watch(inputs)
         if fuse:
             assert fused_batch_norm.can_fuse(layer, inputs, True, None)
-            with fused_batch_norm.fused(fused_batch_norm.DTYPES):
+            with fused_batch_norm.fused(EPSILON):
                 outputs = layer(inputs, training=True)
         else:
             outputs = layer(inputs, training=True)
@@ -93,7 +93,7 @@ def test_keras_own_code_runs_where_the_op_computes_something_else(options, shape
     for fuse in (False, True):
         layer = keras.layers.BatchNormalization(**options)
         if fuse:
-            with fused_batch_norm.fused(fused_batch_norm.DTYPES):
+            with fused_batch_norm.fused(EPSILON):
                 outputs.append(layer(inputs, **{"training": True, **call}))
         else:
             outputs.append(layer(inputs, **{"training": True, **call}))
@@ -108,7 +108,7 @@ def test_a_layer_of_another_thread_and_the_class_afterwards_are_keras_own():
     layer.build((4, 3))
     with fused_batch_norm.fused(()):
         keras.layers.BatchNormalization()(np.ones((4, 3), "float32"), training=True)
-    with fused_batch_norm.fused(fused_batch_norm.DTYPES):
+    with fused_batch_norm.fused(EPSILON):
         patched = keras.layers.BatchNormalization.call
         thread = threading.Thread(
             target=lambda: seen.append(layer(np.ones((4, 3), "float32"), training=True))
@@ -120,7 +120,7 @@ def test_a_layer_of_another_thread_and_the_class_afterwards_are_keras_own():
     np.testing.assert_allclose(seen[0], np.zeros((4, 3)), atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", fused_batch_norm.DTYPES)
+@pytest.mark.parametrize("dtype", EPSILON)
 def test_the_probe_accepts_the_op_and_refuses_a_wrong_one(dtype, monkeypatch):
     assert fused_batch_norm.probe(dtype) <= 1
     right = fused_batch_norm.normalize
@@ -131,3 +131,13 @@ def test_the_probe_accepts_the_op_and_refuses_a_wrong_one(dtype, monkeypatch):
 
     monkeypatch.setattr(fused_batch_norm, "normalize", unbiased)
     assert fused_batch_norm.probe(dtype) > 1
+
+
+def test_the_probe_refuses_a_wrong_gradient(monkeypatch):
+    right = fused_batch_norm.normalize
+
+    def frozen(inputs, gamma, *arguments):
+        return right(inputs, tf.stop_gradient(gamma) + 0.9 * (gamma - tf.stop_gradient(gamma)), *arguments)
+
+    monkeypatch.setattr(fused_batch_norm, "normalize", frozen)
+    assert fused_batch_norm.probe("float32") > 1

@@ -5,18 +5,18 @@ import numpy as np
 import pytest
 
 import tfaccel
-from tfaccel.fast_kernels import functions
+from tfaccel.fast_kernels import trial as trials
 from tfaccel.fast_kernels.agreement import STEP_TOLERANCE, same_step
-from tfaccel.fast_kernels.functions import XlaTrial
+from tfaccel.fast_kernels.trial import Trial, Way
 
 
 class FakeTimes:
     """Stands for the clock: XLA's calls take `ratio` of the time of the others."""
 
     def __init__(self, trial, ratio):
-        for xla in (False, True):
+        for way in (Way.PLAIN, Way.LOOP):
             for _ in range(3):
-                trial.note(xla, 10, 1.0 * (ratio if xla else 1.0))
+                trial.note(way, 10, ratio if way is Way.LOOP else 1.0)
 
 
 def dense():
@@ -44,8 +44,8 @@ def fit(helpers, small, build, jit="auto", epochs=12):
 @pytest.fixture
 def eager_to_try(monkeypatch):
     """A run of a second is worth a compilation."""
-    monkeypatch.setattr(functions, "COMPILE_SECONDS", 0.0)
-    monkeypatch.setattr(functions, "COMPILE_SECONDS_AN_OP", 0.0)
+    monkeypatch.setattr(trials, "COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(trials, "COMPILE_SECONDS_AN_OP", 0.0)
 
 
 def test_a_short_run_is_not_worth_a_compilation(helpers, small):
@@ -141,9 +141,9 @@ def test_what_xla_cannot_compile_is_not_tried(helpers, small):
 @pytest.mark.parametrize(("ratio", "used"), [(0.5, True), (0.94, True), (0.96, False), (2.0, False)])
 def test_the_faster_of_the_two_stays(ratio, used):
     said = []
-    trial = XlaTrial(1000, said.append)
+    trial = Trial(1000, said.append)
     FakeTimes(trial, ratio)
-    assert trial.decided is used
+    assert (trial.decided is Way.LOOP) is used
     assert f"{ratio:.2f} ×" in said[0]
 
 

@@ -15,6 +15,17 @@ import numpy as np
 import tensorflow as tf
 
 UNITS = 64
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def tolerance(dtype: str = "float32", roundings: int = 1) -> float:
+    """The relative difference of two ways that compute in float32 and store in `dtype`.
+
+    Args:
+        dtype: A key of `EPSILON`.
+        roundings: How often a value is rounded to half precision on its way, where that is the dtype.
+    """
+    return UNITS * EPSILON["float32"] + (0.0 if dtype == "float32" else roundings * EPSILON[dtype])
 
 
 def disagreement(plain: np.ndarray, other: np.ndarray, before: np.ndarray, tolerance: float) -> float:

@@ -21,10 +21,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.fast_kernels.agreement import UNITS, worst_disagreement
+from tfaccel.fast_kernels.agreement import EPSILON, tolerance, worst_disagreement
 from tfaccel.fast_kernels.patch import Patch
 
-DTYPES = ("float32", "float16", "bfloat16")
 MIN_EPSILON = 1e-5  # of cuDNN, which adds no less
 
 
@@ -66,7 +65,7 @@ def can_fuse(layer: keras.layers.BatchNormalization, inputs: Any, training: Any,
     last = isinstance(layer.axis, int) and rank is not None and layer.axis in (-1, rank - 1)
     if not last or not 2 <= rank <= 5 or inputs.shape[-1] is None:
         return False
-    return inputs.dtype.name == layer.compute_dtype and layer.compute_dtype in DTYPES
+    return inputs.dtype.name == layer.compute_dtype and layer.compute_dtype in EPSILON
 
 
 def fused_call(layer: keras.layers.BatchNormalization, inputs: tf.Tensor) -> tf.Tensor:
@@ -111,15 +110,13 @@ def probe(dtype: str) -> float:
     Returns:
         As `disagreement`: up to 1 they agree.
     """
-    with tf.init_scope(), tf.device("CPU:0"):
+    with tf.device("CPU:0"):
         results = [_one_step(dtype, fuse) for fuse in (False, True)]
     before = [np.zeros_like(a) for a in results[0]]
     before[-1] += 1  # the moving variance
     # Outputs of half precision are rounded to it once by both ways.
     plain, fused_results = results
-    return worst_disagreement(
-        plain, fused_results, before, UNITS * float(np.finfo("float32").eps) + _epsilon(dtype)
-    )
+    return worst_disagreement(plain, fused_results, before, tolerance(dtype))
 
 
 def _one_step(dtype: str, fuse: bool) -> list[np.ndarray]:
@@ -136,8 +133,4 @@ def _one_step(dtype: str, fuse: bool) -> list[np.ndarray]:
         outputs = fused_call(layer, inputs) if fuse else layer(inputs, training=True)
     gradients = tape.gradient(outputs, [inputs, layer.gamma.value, layer.beta.value], upstream)
     tensors = [outputs, *gradients, layer.moving_mean, layer.moving_variance]
-    return [np.asarray(keras.ops.convert_to_numpy(tensor), "float32") for tensor in tensors]
-
-
-def _epsilon(dtype: str) -> float:
-    return {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    return [tf.cast(tensor, tf.float32).numpy() for tensor in tensors]

@@ -22,7 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.fast_kernels.agreement import UNITS, worst_disagreement
+from tfaccel.fast_kernels.agreement import EPSILON, UNITS, worst_disagreement
 
 Update = Callable[[Any, Any, tf.Variable, Any], None]
 
@@ -201,7 +201,7 @@ def probe(optimizer: keras.optimizers.Optimizer, update: Update, steps: int = 3)
     gradients = [(size * random.normal(size=64)).astype("float32") for size in sizes]
     states = []
     for fuse in (False, True):
-        with tf.init_scope(), tf.device("CPU:0"):
+        with tf.device("CPU:0"):
             variable = keras.Variable(start, dtype="float32", name="probe")
             twin = base(**settings)
             twin.build([variable])
@@ -215,9 +215,10 @@ def probe(optimizer: keras.optimizers.Optimizer, update: Update, steps: int = 3)
 
 def _tolerance(optimizer: keras.optimizers.Optimizer) -> float:
     """The op takes a decay such as beta_2 in float32 and subtracts it from 1 there: `eps / (1 - beta_2)`."""
-    eps = float(np.finfo(np.float32).eps)
     decays = [getattr(optimizer, name, None) for name in ("beta_1", "beta_2", "rho", "momentum")]
-    return eps * (UNITS + max(1 / (1 - d) for d in [0.0, *decays] if isinstance(d, float) and d < 1))
+    return EPSILON["float32"] * (
+        UNITS + max(1 / (1 - d) for d in [0.0, *decays] if isinstance(d, float) and d < 1)
+    )
 
 
 def _slot(optimizer: Any, name: str, variable: tf.Variable) -> tf.Tensor:

@@ -21,15 +21,27 @@ from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter, make_class_weight_map_fn
 from keras.src.trainers.trainer import model_supports_jit
 
-from tfaccel.fast_kernels import fused_batch_norm, fused_optimizer, resident
+from tfaccel.fast_kernels import (
+    fused_attention,
+    fused_batch_norm,
+    fused_einsum,
+    fused_gelu,
+    fused_optimizer,
+    fused_recurrent,
+    resident,
+)
+from tfaccel.fast_kernels.agreement import EPSILON
 from tfaccel.fast_kernels.chunks import CallLength, count_exactly, is_stream, running_loop, watches_batches
 from tfaccel.fast_kernels.functions import FastFunction, LoopClock
 from tfaccel.fast_kernels.prediction import PredictFunction, sliced
 from tfaccel.fast_kernels.resident import ATTRIBUTE, Pass, ResidentBatches
+from tfaccel.fast_kernels.same_random import same_random_numbers
+from tfaccel.fast_kernels.trial import Way
 from tfaccel.keras_fixes.compile_checks import around_compile
 from tfaccel.keras_fixes.input_clock import CLOCK_ATTRIBUTE
 
 Report = MutableMapping[str, str]
+ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 
 
 def accelerate_at_compile(
@@ -93,6 +105,9 @@ class Kernels:
         self._report = report
         self._update: fused_optimizer.Update | str | None = None
         self._batch_norm: dict[str, bool] = {}
+        self._einsum: dict[str, bool] = {}
+        self._attention: bool | None = None
+        self._gelu: bool | None = None
         self._plain_functions: dict[str, Any] = {}
 
     def make_train_function(self, force: bool = False) -> None:
@@ -151,25 +166,25 @@ class Kernels:
             return
         if present is None or force:
             self._prove()
-            step = model._autoconvert_optionals(self._fused(getattr(model, f"{kind}_step")))
+            step = functools.partial(self._fused, getattr(model, f"{kind}_step"))
             report = functools.partial(self._report.__setitem__, "xla")
-            keras_function = model._make_function(step)
-            setattr(
-                model,
-                name,
-                FastFunction(keras_function, step, self._state, self._xla_for(model, kind), report),
-            )
+            keras_function = model._make_function(step(Way.PLAIN))
+            ways = self._ways(model, kind)
+            setattr(model, name, FastFunction(keras_function, step, self._state, ways, report))
         # A function that the user put there is theirs, as Keras has it.
         if isinstance(getattr(model, name), FastFunction):
             self._bind(model, getattr(model, name), kind)
 
-    def _xla_for(self, model: keras.Model, kind: str) -> bool | None:
-        """Whether XLA compiles the loop; None to find out."""
+    def _ways(self, model: keras.Model, kind: str) -> list[Way]:
+        """How the loop may be compiled: the first one to begin with, the others to be tried."""
         if not model_supports_jit(model):
-            return False  # a layer that XLA can't compile, or deterministic ops: as Keras decides
-        if model.jit_compile is True:
-            return True
-        return self._xla if kind == "train" else False
+            return [Way.PLAIN]  # a layer that XLA can't compile, or deterministic ops: as Keras decides
+        if model.jit_compile is True or (kind == "train" and self._xla is True):
+            return [Way.LOOP]
+        if kind != "train" or self._xla is False:
+            return [Way.PLAIN]
+        recurrent = any(fused_recurrent.is_supported(layer) for layer in model._flatten_layers())
+        return [Way.PLAIN, *([Way.RECURRENT] if recurrent else []), Way.LOOP]
 
     def _bind(self, model: keras.Model, function: FastFunction, kind: str) -> None:
         """Lets the `fit` or `evaluate` that is running hand over chunks."""
@@ -224,30 +239,81 @@ class Kernels:
         slots = [variable.value for variable in getattr(self._optimizer, "variables", ())]
         return [v.value for v in (*model.variables, *model.metrics_variables)] + slots, slots
 
-    def _fused(self, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _fused(self, step: Callable[[Any], Any], way: Way) -> Callable[[Any], Any]:
         """The step, traced with fused kernels."""
 
         def fused_step(data: Any) -> Any:
-            with self._tracing():
+            with self._tracing(way):
                 return step(data)
 
-        return fused_step
+        return self._trained_model()._autoconvert_optionals(fused_step)
 
     @contextlib.contextmanager
-    def _tracing(self) -> Iterator[None]:
+    def _tracing(self, way: Way) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if callable(self._update):
                 stack.enter_context(fused_optimizer.fused(_inner(self._optimizer), self._update))
-            dtypes = {dtype for dtype, agrees in self._batch_norm.items() if agrees}
-            if dtypes:
-                stack.enter_context(fused_batch_norm.fused(dtypes))
+            if any(self._batch_norm.values()):
+                stack.enter_context(fused_batch_norm.fused(_allowed(self._batch_norm)))
+            if way is Way.LOOP:
+                stack.enter_context(same_random_numbers())
+            else:  # XLA does these better by itself
+                self._enter_matrix_kernels(stack, way)
             yield
+
+    def _enter_matrix_kernels(self, stack: contextlib.ExitStack, way: Way) -> None:
+        if any(self._einsum.values()):
+            stack.enter_context(fused_einsum.fused(_allowed(self._einsum)))
+        if self._attention:
+            stack.enter_context(fused_attention.fused())
+        if self._gelu:
+            stack.enter_context(fused_gelu.fused())
+        if way is Way.RECURRENT:
+            stack.enter_context(fused_recurrent.fused())
 
     def _prove(self) -> None:
         """Runs the probes that this model needs; not while tracing, since they make variables."""
         if self._update is None and self._optimizer is not None:
             self._update = self._proven_update(_inner(self._optimizer))
-        self._prove_batch_norm()
+        layers = self._trained_model()._flatten_layers()
+        self._prove_by_dtype(
+            "batch_norm",
+            self._batch_norm,
+            [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)],
+            fused_batch_norm.probe,
+            "one fused op for each layer",
+        )
+        self._prove_by_dtype(
+            "einsum",
+            self._einsum,
+            [layer for layer in layers if isinstance(layer, keras.layers.EinsumDense)],
+            fused_einsum.probe,
+            "one matrix product each",
+        )
+        attends = any(isinstance(layer, ATTENTION) for layer in layers)
+        if self._attention is None and attends:
+            self._attention = self._proven("attention", fused_attention.probe(), "two matrix products each")
+        activations = [getattr(layer, "activation", None) for layer in layers]
+        if self._gelu is None and keras.activations.gelu in activations:
+            self._gelu = self._proven("gelu", fused_gelu.probe(), "gradient written out")
+
+    def _proven(self, name: str, far: float, fused: str) -> bool:
+        """Takes what a probe gave into the report."""
+        self._report[name] = fused if far <= 1 else f"Keras's own: the fused way lay {far:.1f} × off"
+        return far <= 1
+
+    def _prove_by_dtype(
+        self,
+        name: str,
+        known: dict[str, bool],
+        layers: list[keras.layers.Layer],
+        probe: Callable[[str], float],
+        fused: str,
+    ) -> None:
+        """Finds the compute dtypes of some layers in which a kernel agrees with Keras."""
+        for dtype in sorted({layer.compute_dtype for layer in layers} - set(known)):
+            far = probe(dtype) if dtype in EPSILON else np.inf
+            known[dtype] = self._proven(name, far, fused)
 
     def _proven_update(self, optimizer: keras.optimizers.Optimizer) -> fused_optimizer.Update | str:
         update = fused_optimizer.fused_update(optimizer)
@@ -258,16 +324,9 @@ class Kernels:
         self._report["optimizer"] = f"Keras's own: {update}" if own else "one fused op for each weight"
         return update
 
-    def _prove_batch_norm(self) -> None:
-        """Finds the compute dtypes in which the model normalizes and the fused op agrees with Keras."""
-        model = self._model()
-        layers = model._flatten_layers() if model is not None else ()
-        normalizing = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
-        for dtype in sorted({layer.compute_dtype for layer in normalizing} - set(self._batch_norm)):
-            far = fused_batch_norm.probe(dtype) if dtype in fused_batch_norm.DTYPES else np.inf
-            self._batch_norm[dtype] = far <= 1
-            said = "one fused op for each layer" if far <= 1 else f"Keras's own: the op lay {far:.1f} × off"
-            self._report["batch_norm"] = said
+
+def _allowed(known: dict[str, bool]) -> set[str]:
+    return {dtype for dtype, agrees in known.items() if agrees}
 
 
 def _inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

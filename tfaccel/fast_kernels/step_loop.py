@@ -18,14 +18,15 @@ from tfaccel.keras_fixes.input_clock import count_examples
 Step = Callable[[Any], Any]
 
 
-def resident_loop(step: Step, form: BatchForm, static_size: int | None) -> Any:
+def resident_loop(step: Step, form: BatchForm, static_size: int | None, xla: bool) -> Any:
     """A program that runs steps over rows gathered by index.
 
     Args:
         step: From a batch to its logs (nested scalars, or whatever a `train_step` gives back).
         form: How the batches look.
-        static_size: Rows of every batch, for a program that XLA compiles; None for one that takes any
-            size, and a last batch that is smaller, without XLA.
+        static_size: Rows of every batch, where XLA compiles the program or a part of it; None for a program
+            that takes any size, and a last batch that is smaller.
+        xla: Compile the whole program with XLA.
 
     Returns:
         A function of `(leaves, order, size, first, count)`: the tensors, the order of the rows, rows a
@@ -47,7 +48,7 @@ def resident_loop(step: Step, form: BatchForm, static_size: int | None) -> Any:
 
     number = tf.TensorSpec([], tf.int32)
     signature = [form.specs, tf.TensorSpec([None], tf.int32), number, number, number]
-    return tf.function(run, input_signature=signature, jit_compile=static_size is not None, autograph=False)
+    return tf.function(run, input_signature=signature, jit_compile=xla, autograph=False)
 
 
 def _repeat(step: Any, first: tf.Tensor, count: tf.Tensor) -> Any:

@@ -1,0 +1,129 @@
+"""LSTM and GRU as whole programs against Keras's own loop, option by option; and when they stay away."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfaccel
+from tfaccel.fast_kernels import fused_recurrent
+from tfaccel.fast_kernels import trial as trials
+from tfaccel.fast_kernels.agreement import tolerance, worst_disagreement
+
+LAYERS = ["LSTM", "GRU"]
+FLAGS = ["return_sequences", "return_state", "go_backwards", "use_bias", "watched"]
+# Every pair of values of the five flags, in six rows.
+ROWS = ["00000", "01111", "10110", "11001", "10011", "01100"]
+STEPS = 7
+FORGIVEN = 4  # the gradient of a sequence is a chain of steps
+
+
+def run(layer, x, states, watched, fuse):
+    """Outputs, and the gradients of weights, states and, if watched, inputs."""
+
+    @tf.function
+    def step(x, states):
+        with tf.GradientTape() as tape:
+            tape.watch([x, *states] if watched else states)
+            results = tf.nest.flatten(layer(x, initial_state=states))
+            loss = tf.add_n([tf.reduce_sum(tf.square(r)) * (k + 1) for k, r in enumerate(results)])
+        sources = [*(v.value for v in layer.trainable_variables), *states, *([x] if watched else [])]
+        return results, tape.gradient(loss, sources)
+
+    if not fuse:
+        return [t.numpy() for t in tf.nest.flatten(step(x, states))]
+    with fused_recurrent.fused():
+        graph = step.get_concrete_function(x, states)
+    assert "TensorListReserve" not in {op.type for op in graph.graph.get_operations()}
+    return [t.numpy() for t in tf.nest.flatten(step(x, states))]
+
+
+@pytest.mark.parametrize("samples", [5, 37])
+@pytest.mark.parametrize("flags", ROWS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_option_agrees_with_keras(kind, flags, samples):
+    random = np.random.default_rng(0)
+    options = dict(zip(FLAGS, (flag == "1" for flag in flags), strict=True))
+    watched = options.pop("watched")
+    layer = getattr(keras.layers, kind)(6, **options)
+    layer.build((None, STEPS, 3))
+    for weight in layer.weights:  # biases that are not zero as well
+        weight.assign(0.5 * random.normal(size=weight.shape))
+    x = tf.constant(random.normal(size=(samples, STEPS, 3)), tf.float32)
+    count = 2 if kind == "LSTM" else 1
+    states = [tf.constant(random.normal(size=(samples, 6)), tf.float32) for _ in range(count)]
+    plain, fused = (run(layer, x, states, watched, fuse) for fuse in (False, True))
+    zeros = [np.zeros_like(a) for a in plain]
+    assert worst_disagreement(plain, fused, zeros, FORGIVEN * tolerance()) <= 1
+
+
+def test_the_rows_hold_every_pair():
+    for i, j in itertools.combinations(range(len(FLAGS)), 2):
+        assert {(row[i], row[j]) for row in ROWS} == set(itertools.product("01", repeat=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LSTM", {"activation": "relu"}),
+        ("LSTM", {"recurrent_activation": "hard_sigmoid"}),
+        ("LSTM", {"dropout": 0.1}),
+        ("GRU", {"recurrent_dropout": 0.1}),
+        ("GRU", {"reset_after": False}),
+        ("GRU", {"dtype": "mixed_bfloat16"}),
+        ("LSTM", {"dtype": "float64"}),
+        ("SimpleRNN", {}),
+    ],
+)
+def test_other_settings_are_left_to_keras(kind, options):
+    layer = getattr(keras.layers, kind)(4, **options)
+    layer.build((None, 5, 3))
+    assert not fused_recurrent.is_supported(layer)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_masks_and_unknown_sizes_are_left_to_keras(kind, monkeypatch):
+    monkeypatch.setattr(fused_recurrent, "fused_call", lambda *_: pytest.fail("the program was used"))
+    layer = getattr(keras.layers, kind)(4)
+    x = np.ones((2, 5, 3), "float32")
+    with fused_recurrent.fused():
+        layer(x, mask=np.array([[True] * 5, [True, True, False, False, False]]))
+        for shape in ([None, 5, 3], [2, None, 3]):
+            tf.function(layer, input_signature=[tf.TensorSpec(shape)]).get_concrete_function()
+
+
+def recurrent(build):
+    keras.utils.set_random_seed(1)
+    layers = keras.layers
+    stack = {
+        "stacked": [layers.LSTM(8, return_sequences=True), layers.GRU(8)],
+        "bidirectional": [layers.Bidirectional(layers.GRU(8))],
+        "convolution": [layers.Conv1D(8, 3, activation="relu"), layers.LSTM(8)],
+    }[build]
+    return keras.Sequential([keras.Input((7, 7, 1)), layers.Reshape((7, 7)), *stack, layers.Dense(10)])
+
+
+@pytest.mark.parametrize("build", ["stacked", "bidirectional", "convolution"])
+def test_a_run_tries_the_programs_and_ends_with_plain_weights(helpers, small, build, monkeypatch):
+    monkeypatch.setattr(trials, "COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(trials, "COMPILE_SECONDS_AN_OP", 0.0)
+    # Whatever this machine finds faster, the programs are what stays.
+    monkeypatch.setattr(trials, "FASTER", 1e9)
+    monkeypatch.setattr(trials, "SLOW_IN_XLA_ON_CPU", ("",))
+
+    def train(kernels):
+        accelerator = tfaccel.Accelerator(kernels=kernels, steps_per_execution=4)
+        with accelerator.scope():
+            model = helpers.compile(
+                recurrent(build), keras.optimizers.SGD(0.05), **accelerator.compile_options()
+            )
+        model.fit(*small, batch_size=50, epochs=8, verbose=0, shuffle=False)
+        return model, str(accelerator)
+
+    plain, _ = train("plain")
+    fused, text = train("fused")
+    assert "XLA for each recurrent layer, on every core: used" in text
+    for a, b in zip(plain.get_weights(), fused.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)  # forty updates of up to 0.05 each
