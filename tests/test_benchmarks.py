@@ -67,3 +67,11 @@ def test_step_time_measures_in_processes_of_their_own():
     assert row["faster_than_plain"] == pytest.approx(
         row["step_ms"]["tf_plain"] / row["step_ms"]["tfaccel"], rel=0.05
     )
+
+
+@pytest.mark.slow
+def test_training_needs_no_more_memory_than_plain_keras_and_the_data():
+    memory, megabytes = load("peak_memory"), 100
+    plain, ours = (memory.measure(contender, "mlp", megabytes) for contender in ("plain", "tfaccel"))
+    assert plain > megabytes  # Keras copies the arrays, so something was measured
+    assert ours <= plain + megabytes
