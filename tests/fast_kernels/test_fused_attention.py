@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfaccel
-from tfaccel.fast_kernels import fused_attention
+from tfaccel.fast_kernels import fused_attention, fused_einsum, fused_gelu
 
 
 def reference(query, key, value, bias, mask, is_causal, scale):
@@ -51,7 +51,13 @@ def transformer(attention):
 
 
 @pytest.mark.parametrize("attention", ["plain", "causal", "dropout", "grouped"])
-def test_a_transformer_trains_as_in_plain_keras(helpers, small, attention):
+def test_a_transformer_trains_as_in_plain_keras(helpers, small, attention, monkeypatch):
+    used = []
+
+    def count(module, name):
+        right = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a: used.append(name) or right(*a))
+
     def train(kernels):
         accelerator = tfaccel.Accelerator(jit=False, kernels=kernels)
         with accelerator.scope():
@@ -60,7 +66,15 @@ def test_a_transformer_trains_as_in_plain_keras(helpers, small, attention):
         return history, str(accelerator)
 
     plain, _ = train("plain")
+    count(fused_attention, "attend")
+    count(fused_einsum, "multiply")
+    count(fused_gelu, "gelu")
+    monkeypatch.setattr(fused_attention, "probe", lambda: 0.0)
+    monkeypatch.setattr(fused_gelu, "probe", lambda: 0.0)
+    monkeypatch.setattr(fused_einsum, "probe", lambda dtype: 0.0)
     fused, text = train("fused")
+    expected = {"multiply", "gelu"} if attention == "dropout" else {"attend", "multiply", "gelu"}
+    assert set(used) == expected
     np.testing.assert_allclose(fused, plain, rtol=1e-5)  # ten plain updates
     assert "attention: two matrix products each" in text
     assert "einsum: one matrix product each" in text

@@ -1,5 +1,6 @@
 """Einsum as one matrix product against numpy, for any order of the indices."""
 
+import contextlib
 import string
 
 import keras
@@ -85,7 +86,38 @@ def test_a_batch_of_unknown_size_keeps_the_shape_that_is_known():
     with fused_einsum.fused({"float32"}):
         graph = call.get_concrete_function()
     assert graph.output_shapes.as_list() == [None, 3, 4, 5]
-    assert "Einsum" not in {op.type for op in graph.graph.get_operations()}
+    types = {op.type for op in graph.graph.get_operations()}
+    assert "MatMul" in types
+    assert not types & {"Einsum", "BatchMatMulV2"}
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("bqhd,bkhd->bhqk", ([3, 4, 2, 8], [1, 5, 2, 8])),  # Keras broadcasts a batch of one
+        ("bij,bjk->bik", ([2, 3, 6], [3, 4, 5])),  # and refuses this
+        ("abcd,cde->abe", ([2, 3, None, 4], [5, 4, 6])),  # and looks at run time here
+    ],
+)
+def test_sizes_that_are_not_known_to_fit_are_left_to_keras(equation, shapes, monkeypatch):
+    monkeypatch.setattr(fused_einsum, "multiply", lambda *_: pytest.fail("the product was used"))
+    call = tf.function(
+        lambda a, b: keras.ops.einsum(equation, a, b), input_signature=[tf.TensorSpec(s) for s in shapes]
+    )
+    refused = pytest.raises(ValueError, match="must be equal") if equation == "bij,bjk->bik" else None
+    with fused_einsum.fused({"float32"}), refused or contextlib.nullcontext():
+        call.get_concrete_function()
+
+
+def test_attention_over_unknown_lengths_is_multiplied():
+    call = tf.function(
+        lambda a, b: keras.ops.einsum("aecd,abcd->acbe", a, b),
+        input_signature=[tf.TensorSpec([None, None, 2, 8]), tf.TensorSpec([None, None, 2, 8])],
+    )
+    with fused_einsum.fused({"float32"}):
+        assert call.get_concrete_function().output_shapes.as_list() == [None, 2, None, None]
+    a, b = np.ones((3, 4, 2, 8), "float32"), np.ones((3, 5, 2, 8), "float32")
+    np.testing.assert_array_equal(call(a, b), np.full((3, 2, 5, 4), 8))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "float64"])

@@ -52,6 +52,17 @@ def test_the_other_forms_are_left_to_keras(approximate, dtype, monkeypatch):
     np.testing.assert_array_equal(fused, keras.ops.gelu(x, approximate=approximate))
 
 
+def test_keras_gelu_is_this_one_inside_the_block_only(monkeypatch):
+    calls, right = [], fused_gelu.gelu
+    monkeypatch.setattr(fused_gelu, "gelu", lambda x: calls.append(x) or right(x))
+    x = tf.constant([-1.0, 2.0])
+    with fused_gelu.fused():
+        keras.activations.gelu(x)
+    assert len(calls) == 1
+    keras.activations.gelu(x)
+    assert len(calls) == 1
+
+
 def test_the_probe_accepts_the_kernel_and_refuses_a_wrong_gradient(monkeypatch):
     assert fused_gelu.probe() <= 1
 

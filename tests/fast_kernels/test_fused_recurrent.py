@@ -1,5 +1,6 @@
 """LSTM and GRU as whole programs against Keras's own loop, option by option; and when they stay away."""
 
+import contextlib
 import itertools
 
 import keras
@@ -25,18 +26,15 @@ def run(layer, x, states, watched, fuse):
 
     @tf.function
     def step(x, states):
-        with tf.GradientTape() as tape:
+        with tf.GradientTape() as tape, fused_recurrent.fused() if fuse else contextlib.nullcontext():
             tape.watch([x, *states] if watched else states)
             results = tf.nest.flatten(layer(x, initial_state=states))
             loss = tf.add_n([tf.reduce_sum(tf.square(r)) * (k + 1) for k, r in enumerate(results)])
         sources = [*(v.value for v in layer.trainable_variables), *states, *([x] if watched else [])]
         return results, tape.gradient(loss, sources)
 
-    if not fuse:
-        return [t.numpy() for t in tf.nest.flatten(step(x, states))]
-    with fused_recurrent.fused():
-        graph = step.get_concrete_function(x, states)
-    assert "TensorListReserve" not in {op.type for op in graph.graph.get_operations()}
+    ops = {op.type for op in step.get_concrete_function(x, states).graph.get_operations()}
+    assert ("TensorListReserve" in ops) is not fuse
     return [t.numpy() for t in tf.nest.flatten(step(x, states))]
 
 
@@ -74,6 +72,7 @@ def test_the_rows_hold_every_pair():
         ("GRU", {"reset_after": False}),
         ("GRU", {"dtype": "mixed_bfloat16"}),
         ("LSTM", {"dtype": "float64"}),
+        ("GRU", {"use_cudnn": True}),
         ("SimpleRNN", {}),
     ],
 )
@@ -88,10 +87,42 @@ def test_masks_and_unknown_sizes_are_left_to_keras(kind, monkeypatch):
     monkeypatch.setattr(fused_recurrent, "fused_call", lambda *_: pytest.fail("the program was used"))
     layer = getattr(keras.layers, kind)(4)
     x = np.ones((2, 5, 3), "float32")
-    with fused_recurrent.fused():
-        layer(x, mask=np.array([[True] * 5, [True, True, False, False, False]]))
-        for shape in ([None, 5, 3], [2, None, 3]):
-            tf.function(layer, input_signature=[tf.TensorSpec(shape)]).get_concrete_function()
+    mask = np.array([[True] * 5, [True, True, False, False, False]])
+
+    def call(x, mask=None):
+        with fused_recurrent.fused():
+            return layer(x, mask=mask)
+
+    tf.function(call)(x, mask)
+    for shape in ([None, 5, 3], [2, None, 3]):
+        tf.function(call, input_signature=[tf.TensorSpec(shape)]).get_concrete_function()
+
+
+@pytest.mark.parametrize("inner", ["function", "condition", "loop"])
+def test_a_layer_in_an_inner_graph_is_left_to_keras(inner):
+    """No tape watches there, so that the layers before it would get no gradient."""
+    layer, before = keras.layers.LSTM(3, return_sequences=True), keras.layers.Dense(3)
+    layer.build((None, 5, 3)), before.build((None, 5, 3))
+
+    def apply(x):
+        if inner == "function":
+            return tf.function(layer)(x)
+        if inner == "condition":
+            return tf.cond(tf.reduce_sum(x) > -1e9, lambda: layer(x), lambda: x)
+        return tf.while_loop(lambda i, _: i < 2, lambda i, x: (i + 1, layer(x)), (0, x))[1]
+
+    def gradients(fuse):
+        @tf.function
+        def step(x):
+            with tf.GradientTape() as tape, fused_recurrent.fused() if fuse else contextlib.nullcontext():
+                loss = tf.reduce_sum(tf.square(apply(before(x))))
+            return tape.gradient(loss, before.trainable_variables[0].value)
+
+        return step(tf.ones((2, 5, 3))).numpy()
+
+    plain = gradients(False)
+    assert np.abs(plain).max() > 0
+    np.testing.assert_array_equal(gradients(True), plain)
 
 
 def recurrent(build):
@@ -112,6 +143,8 @@ def test_a_run_tries_the_programs_and_ends_with_plain_weights(helpers, small, bu
     # Whatever this machine finds faster, the programs are what stays.
     monkeypatch.setattr(trials, "FASTER", 1e9)
     monkeypatch.setattr(trials, "SLOW_IN_XLA_ON_CPU", ("",))
+    calls, right = [], fused_recurrent.fused_call
+    monkeypatch.setattr(fused_recurrent, "fused_call", lambda *a: calls.append(a[0].name) or right(*a))
 
     def train(kernels):
         accelerator = tfaccel.Accelerator(kernels=kernels, steps_per_execution=4)
@@ -125,5 +158,6 @@ def test_a_run_tries_the_programs_and_ends_with_plain_weights(helpers, small, bu
     plain, _ = train("plain")
     fused, text = train("fused")
     assert "XLA for each recurrent layer, on every core: used" in text
+    assert len(set(calls)) == (1 if build == "convolution" else 2)
     for a, b in zip(plain.get_weights(), fused.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)  # forty updates of up to 0.05 each

@@ -138,6 +138,36 @@ def test_what_xla_cannot_compile_is_not_tried(helpers, small):
     assert int(model.optimizer.iterations) == 96
 
 
+@pytest.mark.usefixtures("eager_to_try")
+def test_a_rejected_program_is_not_run_for_other_data_either(helpers, small):
+    """Trials belong to a number of samples, what was found out about a program doesn't."""
+    import tensorflow as tf
+
+    class Histogram(keras.layers.Layer):
+        def call(self, x):
+            counts = tf.histogram_fixed_width(x, [0.0, 1.0], 4)
+            return x + 0 * tf.cast(tf.reduce_sum(counts), x.dtype)
+
+    accelerator = tfaccel.Accelerator(steps_per_execution=4)
+    with accelerator.scope():
+        layers = [keras.layers.Flatten(), Histogram(), keras.layers.Dense(10)]
+        model = keras.Sequential([keras.Input((7, 7, 1)), *layers])
+        helpers.compile(model, **accelerator.compile_options())
+    for samples in (240, 120):
+        x, y = (array[:samples] for array in small)
+        model.fit(x, y, batch_size=20, epochs=12, verbose=0)
+        assert "not used, it can't compile the step" in str(accelerator)
+    assert int(model.optimizer.iterations) == 12 * (12 + 6)
+
+
+def test_an_undecided_trial_stays_small():
+    trial = Trial(0, lambda _: None, [Way.RECURRENT])
+    for _ in range(1000):
+        trial.note(trial.next_way(None), 1, 1.0)
+    assert trial.decided is None
+    assert len(trial._step_s[Way.PLAIN]) == trials.REMEMBERED
+
+
 @pytest.mark.parametrize(("ratio", "used"), [(0.5, True), (0.94, True), (0.96, False), (2.0, False)])
 def test_the_faster_of_the_two_stays(ratio, used):
     said = []

@@ -75,6 +75,8 @@ class FastFunction:
         self._report = report
         self._programs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._trials: dict[Any, Trial] = {}
+        self._agreed: set[Any] = set()  # keys of programs whose step was equal
+        self._rejected: dict[Any, str] = {}  # why others are never run again
         self._steps_left = 0
         self.length = CallLength(1, False)
         self.clock = LoopClock()
@@ -112,7 +114,7 @@ class FastFunction:
         logs = None
         while full > 0:
             now, way = full, trial.next_way(plain)
-            if trial.decided is None and self._key(way, batches) not in self._programs:
+            if trial.decided is None and way is not Way.PLAIN and self._key(way, batches) not in self._agreed:
                 now, logs = 1, self._try(way, trial, source, first)
             else:
                 program = self._loop(way, batches)
@@ -138,16 +140,23 @@ class FastFunction:
         logs = plain(*arguments)
         expected = [variable.numpy() for variable in variables]
         _assign(variables, before)
+        reason = "it was interrupted"
         try:
             other(*arguments)
-        except (tf.errors.OpError, TypeError, ValueError, LookupError) as error:
-            reason = f"it can't compile the step ({(str(error) or repr(error)).splitlines()[0][:80]})"
-        else:
             got = [variable.numpy() for variable in variables]
             reason = same_step(variables, before, expected, got, slots)
+        except Exception as error:  # whatever tracing for XLA raises, the step without it is there
+            reason = f"it can't compile the step ({(str(error) or repr(error)).splitlines()[0][:80]})"
+        finally:
+            if reason:
+                _assign(variables, expected)
+        key = self._key(way, source.batches)
         if reason:
+            self._rejected[key] = reason
+            del self._programs[key]
             trial.reject(way, reason)
-            _assign(variables, expected)
+        else:
+            self._agreed.add(key)
         return logs
 
     def _variables(self, program: Any) -> tuple[list[tf.Variable], set[int]]:
@@ -167,8 +176,11 @@ class FastFunction:
             while len(self._trials) >= MOST_PROGRAMS:
                 del self._trials[next(iter(self._trials))]
             first, *others = self._ways
-            decided = None if others else first
-            self._trials[key] = Trial(self._steps_left, self._report, others, decided)
+            trial = Trial(self._steps_left, self._report, others, None if others else first)
+            for way in others:
+                if self._key(way, batches) in self._rejected:
+                    trial.reject(way, self._rejected[self._key(way, batches)])
+            self._trials[key] = trial
         return self._trials[key]
 
     def _loop(self, way: Way, batches: ResidentBatches) -> Any:

@@ -6,8 +6,8 @@ gradients transpose every operand again. Here every index is batch, kept by one 
 are transposed once where their order asks for it, and one `tf.matmul` does the rest: a flat one where there
 is no batch index.
 
-Used for floating-point operands of known rank; indices that occur in one operand alone and not in the result,
-or twice in one operand, go to Keras. Measured by `benchmarks/step_time.py --models transformer`.
+Used for floating-point operands whose sizes fit; indices that occur in one operand alone and not in the
+result, or twice in one operand, go to Keras. Measured by `benchmarks/step_time.py --models transformer`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,24 @@ class Product:
     summed: str
     columns: str
 
+    @property
+    def is_simple(self) -> bool:
+        """Whether `tf.matmul` takes the operands without reshaping, and so checks their sizes itself."""
+        return len(self.rows) == len(self.summed) == len(self.columns) == 1
+
+    def fits(self, first: tf.TensorShape, second: tf.TensorShape) -> bool:
+        """Whether the sizes of the shared indices are known to be equal, or `tf.matmul` will look.
+
+        Keras broadcasts a size of 1 in some equations.
+        """
+        if (first.rank, second.rank) != (len(self.first), len(self.second)):
+            return False
+        for index in self.batch + self.summed:
+            sizes = first[self.first.index(index)], second[self.second.index(index)]
+            if sizes[0] != sizes[1] or (sizes[0] is None and not self.is_simple):
+                return False
+        return True
+
 
 @functools.lru_cache(maxsize=256)
 def parse(equation: str) -> Product | None:
@@ -74,7 +92,6 @@ def multiply(product: Product, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor
         first: One dimension for each index of `product.first`.
         second: One for each index of `product.second`, same dtype.
     """
-    sizes = {**_sizes(product.second, second), **_sizes(product.first, first)}
     kind = product
     left, right_first = kind.batch + kind.rows + kind.summed, kind.batch + kind.summed + kind.columns
     # A product reads a matrix in either order; a copy is made only where neither fits.
@@ -84,6 +101,10 @@ def multiply(product: Product, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor
     transpose_second = kind.second == right_second != right_first
     a = _arranged(first, kind.first, left_second if transpose_first else left)
     b = _arranged(second, kind.second, right_second if transpose_second else right_first)
+    if kind.is_simple:
+        c = tf.matmul(a, b, transpose_a=transpose_first, transpose_b=transpose_second)
+        return _arranged(c, kind.batch + kind.rows + kind.columns, kind.result)
+    sizes = {**_sizes(product.second, second), **_sizes(product.first, first)}
     batch = [sizes[i] for i in kind.batch]
     rows, summed, columns = (_volume(sizes, part) for part in (kind.rows, kind.summed, kind.columns))
     a = tf.reshape(a, batch + ([summed, rows] if transpose_first else [rows, summed]))
@@ -119,9 +140,8 @@ def _wrap(original: Callable, allowed: Callable[[], Any]) -> Callable:
             return original(subscripts, *operands, **kwargs)
         product = parse(subscripts)
         first, second = (tf.convert_to_tensor(operand) for operand in operands)
-        ranks = (first.shape.rank, second.shape.rank)
         same = first.dtype == second.dtype and first.dtype.name in allowed()
-        if product is None or not same or ranks != (len(product.first), len(product.second)):
+        if product is None or not same or not product.fits(first.shape, second.shape):
             return original(subscripts, *operands)
         return multiply(product, first, second)
 

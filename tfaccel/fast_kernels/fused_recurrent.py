@@ -34,18 +34,28 @@ SAMPLES_A_PART = 8  # at least
 
 def is_supported(layer: keras.layers.Layer) -> bool:
     """Whether the layer is an LSTM or GRU whose settings the programs have."""
-    if type(layer) not in (keras.layers.LSTM, keras.layers.GRU):
+    cell: Any = getattr(layer, "cell", None)
+    pairs = [(keras.layers.LSTM, keras.layers.LSTMCell), (keras.layers.GRU, keras.layers.GRUCell)]
+    if (type(layer), type(cell)) not in pairs or layer.use_cudnn is True:
         return False
-    cell = layer.cell
     gates = cell.activation is keras.activations.tanh
     gates = gates and cell.recurrent_activation is keras.activations.sigmoid
     plain = not (cell.dropout or cell.recurrent_dropout) and getattr(cell, "reset_after", True)
     return gates and plain and layer.compute_dtype == layer.variable_dtype == "float32"
 
 
-def can_fuse(layer: keras.layers.Layer, sequences: Any, mask: Any) -> bool:
-    """Whether the programs compute what this call of the layer's `inner_loop` would."""
-    if mask is not None or not isinstance(sequences, tf.Tensor) or not is_supported(layer):
+def can_fuse(layer: keras.layers.Layer, sequences: Any, mask: Any, graph: Any) -> bool:
+    """Whether the programs compute what this call of the layer's `inner_loop` would.
+
+    Args:
+        layer: LSTM or GRU.
+        sequences: What it is called on.
+        mask: None, or which steps count.
+        graph: The graph of the step. In one inside of it (a loop, a condition, a function of the user's)
+            no tape tells whether the inputs want a gradient.
+    """
+    inner = tf.compat.v1.get_default_graph() is not graph
+    if mask is not None or inner or tf.executing_eagerly() or not is_supported(layer):
         return False
     return sequences.shape.is_fully_defined() and sequences.dtype == tf.float32 and sequences.shape[0] > 0
 
@@ -72,7 +82,7 @@ def fused_call(
 
 
 def _is_watched(tensor: tf.Tensor) -> bool:
-    """Whether a gradient may be asked for: not where the layer is the first one."""
+    """Whether a gradient may be asked for: not where the layer is the first one with weights."""
     return bool(record.should_record_backprop([tensor]))
 
 
@@ -301,9 +311,10 @@ class _Gru(_Program):
         return [d_kernel, d_recurrent, tf.stack([d_shift, d_inner_shift])], [dh], given
 
 
-def _wrap(original: Callable, allowed: Callable[[], Any]) -> Callable:
+def _wrap(original: Callable, graph_of_the_step: Callable[[], Any]) -> Callable:
     def inner_loop(self: Any, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
-        if allowed() and can_fuse(self, sequences, mask):
+        graph = graph_of_the_step()
+        if graph is not None and can_fuse(self, sequences, mask, graph):
             return fused_call(self, sequences, initial_state)
         return original(self, sequences, initial_state, mask, training=training)
 
@@ -315,8 +326,8 @@ _PATCHES = [Patch(layer, "inner_loop", _wrap) for layer in (keras.layers.LSTM, k
 
 @contextlib.contextmanager
 def fused() -> Any:
-    """Lets LSTM and GRU fuse in this thread while the block lasts: wrap the tracing of a step."""
+    """Lets LSTM and GRU fuse in this thread while the block lasts: enter it where a step is being traced."""
     with contextlib.ExitStack() as stack:
         for patch in _PATCHES:
-            stack.enter_context(patch.active(True))
+            stack.enter_context(patch.active(tf.compat.v1.get_default_graph()))
         yield

@@ -286,15 +286,15 @@ class Kernels:
         self._prove_by_dtype(
             "einsum",
             self._einsum,
-            [layer for layer in layers if isinstance(layer, keras.layers.EinsumDense)],
+            [layer for layer in layers if isinstance(layer, (keras.layers.EinsumDense, *ATTENTION))],
             fused_einsum.probe,
             "one matrix product each",
         )
         attends = any(isinstance(layer, ATTENTION) for layer in layers)
         if self._attention is None and attends:
             self._attention = self._proven("attention", fused_attention.probe(), "two matrix products each")
-        activations = [getattr(layer, "activation", None) for layer in layers]
-        if self._gelu is None and keras.activations.gelu in activations:
+        squashes = any(getattr(layer, "activation", None) is keras.activations.gelu for layer in layers)
+        if self._gelu is None and squashes:
             self._gelu = self._proven("gelu", fused_gelu.probe(), "gradient written out")
 
     def _proven(self, name: str, far: float, fused: str) -> bool:

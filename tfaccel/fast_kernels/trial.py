@@ -8,6 +8,7 @@ that), each way is timed on steps that count, and the fastest one stays.
 
 from __future__ import annotations
 
+import collections
 import enum
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ NOT_IN_XLA = ("PyFunc", "EagerPyFunc", "Lookup", "String", "Unique", "Where")
 COMPILE_SECONDS = 1.0  # to begin with
 COMPILE_SECONDS_AN_OP = 4e-3
 HOPED_GAIN = 0.5  # of the time that is left
-CALLS = 3  # timed of each way; the first one compiles and is left out
+CALLS = 2  # timed of each way, after a first one that compiles
+REMEMBERED = 15  # calls
 FASTER = 0.95  # of the time without XLA: less gain is noise
 
 
@@ -52,7 +54,10 @@ class Trial:
         self.steps_left = steps_left
         self.report = report
         self.decided = decided
-        self._step_s: dict[Way, list[float]] = {way: [] for way in (Way.PLAIN, *candidates)}
+        self._step_s: dict[Way, collections.deque[float]] = {
+            way: collections.deque(maxlen=REMEMBERED) for way in (Way.PLAIN, *candidates)
+        }
+        self._has_run: set[Way] = set()
         self._reasons: dict[Way, str] = {}
         self._ops: list[str] = []
 
@@ -62,7 +67,9 @@ class Trial:
         if self.decided is not None:
             return
         times = self._step_s[way]
-        times.append(seconds / steps)
+        if way in self._has_run:
+            times.append(seconds / steps)
+        self._has_run.add(way)
         if way is not Way.PLAIN and len(times) == CALLS:
             ratio = self._median(way) / self._median(Way.PLAIN)
             self._reasons[way] = f"{ratio:.2f} × the time of a step without it"
@@ -84,10 +91,10 @@ class Trial:
             return self.decided
         if len(self._step_s[Way.PLAIN]) < CALLS:
             return Way.PLAIN
-        for way in [way for way in self._step_s if way not in self._reasons]:
-            if way is Way.LOOP and self._step_s[way] == []:
+        for way in [way for way in self._step_s if way is not Way.PLAIN and way not in self._reasons]:
+            if way is Way.LOOP and way not in self._has_run:
                 self._ask_ops(program)
-            if way in self._step_s and way is not Way.PLAIN and (self._step_s[way] or self._pays(way)):
+            if way in self._step_s and (way in self._has_run or self._pays(way)):
                 return way
         return self.decided or self._fastest()
 
@@ -112,7 +119,7 @@ class Trial:
         return best if self._median(best) < FASTER * self._median(Way.PLAIN) else Way.PLAIN
 
     def _median(self, way: Way) -> float:
-        return float(np.median(self._step_s[way][1:]))
+        return float(np.median(self._step_s[way]))
 
     def _conclude(self) -> None:
         """Ends the trial when nothing is left to try; says what is known."""
