@@ -10,7 +10,6 @@ tries XLA; what `tfaccel` has on top of it is XLA's compiler, which is kept for 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -26,6 +25,7 @@ def work(contender: str, name: str, megabytes: int) -> None:
     import tensorflow as tf
 
     import tfaccel
+    from tfaccel.fit.throughput import peak_memory_bytes
 
     shape = SHAPES[name][0]
     samples = megabytes * 2**20 // (4 * int(np.prod(shape))) // 256 * 256
@@ -34,7 +34,7 @@ def work(contender: str, name: str, megabytes: int) -> None:
     for rows in np.array_split(np.arange(samples), 64):
         random.random(out=x[rows[0] : rows[-1] + 1], dtype="float32")
     tf.reduce_sum(tf.matmul(tf.ones([64, 64]), tf.ones([64, 64])))  # the runtime's threads and pools
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_bytes()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if contender == "plain":
         model = build_keras(name)
@@ -46,7 +46,7 @@ def work(contender: str, name: str, megabytes: int) -> None:
             model = build_keras(name)
             model.compile("adam", loss, **accelerator.compile_options())
         model.fit(x, y, batch_size=256, epochs=4, verbose=0)
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    print(json.dumps((peak_memory_bytes() - before) / 2**20))
 
 
 def measure(contender: str, name: str, megabytes: int) -> float:

@@ -63,23 +63,41 @@ def test_the_rows_hold_every_pair():
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "options", "reason"),
     [
-        ("LSTM", {"activation": "relu"}),
-        ("LSTM", {"recurrent_activation": "hard_sigmoid"}),
-        ("LSTM", {"dropout": 0.1}),
-        ("GRU", {"recurrent_dropout": 0.1}),
-        ("GRU", {"reset_after": False}),
-        ("GRU", {"dtype": "mixed_bfloat16"}),
-        ("LSTM", {"dtype": "float64"}),
-        ("GRU", {"use_cudnn": True}),
-        ("SimpleRNN", {}),
+        ("LSTM", {}, ""),
+        ("GRU", {"go_backwards": True}, ""),
+        ("LSTM", {"activation": "relu"}, "its activation is not tanh"),
+        ("LSTM", {"recurrent_activation": "hard_sigmoid"}, "its recurrent activation is not sigmoid"),
+        ("LSTM", {"dropout": 0.1}, "it drops inside the layer"),
+        ("GRU", {"recurrent_dropout": 0.1}, "it drops inside the layer"),
+        ("GRU", {"reset_after": False}, "reset_after=False"),
+        ("GRU", {"dtype": "mixed_bfloat16"}, "it is not float32"),
+        ("LSTM", {"dtype": "float64"}, "it is not float32"),
+        ("GRU", {"use_cudnn": True}, "use_cudnn=True"),
+        ("SimpleRNN", {}, "it is a subclass or has another cell"),
     ],
 )
-def test_other_settings_are_left_to_keras(kind, options):
+def test_other_settings_are_left_to_keras(kind, options, reason):
     layer = getattr(keras.layers, kind)(4, **options)
     layer.build((None, 5, 3))
-    assert not fused_recurrent.is_supported(layer)
+    assert fused_recurrent.why_not(layer) == reason
+
+
+def test_the_report_says_why_a_layer_is_left_to_keras(helpers, small):
+    accelerator = tfaccel.Accelerator()
+    with accelerator.scope():
+        layers = [
+            keras.layers.Reshape((7, 7)),
+            keras.layers.GRU(4, dropout=0.1, name="gru"),
+            keras.layers.Dense(10),
+        ]
+        model = keras.Sequential([keras.Input((7, 7, 1)), *layers])
+        helpers.compile(model, **accelerator.compile_options())
+    model.fit(*small, epochs=1, verbose=0)
+    assert "recurrent: Keras's own loop or XLA for the whole: gru: it drops inside the layer" in str(
+        accelerator
+    )
 
 
 @pytest.mark.parametrize("kind", LAYERS)

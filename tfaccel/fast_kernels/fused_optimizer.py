@@ -4,9 +4,10 @@ Keras 3 writes its optimizers in backend-neutral operations: Adam is about 14 of
 with its own pass over memory and its own scheduling. TensorFlow still has the fused training ops of Keras 2.
 They are called here on the user's own optimizer object and its own slot variables, in place of
 `optimizer.update_step` only; so clipping, weight decay, EMA, accumulation, loss scaling, constraints,
-`iterations`, `get_config` and saving stay what they are. Keras's own update is used for sparse gradients,
-for variables that are not float32, and for optimizers without such an op (Adagrad, Nadam, Lion, Lamb, RMSprop
-without momentum: Keras adds epsilon at another place, or TensorFlow's op needs a slot that Keras hasn't).
+`iterations`, `get_config` and saving stay what they are. RMSprop without momentum takes the op with one,
+which is given memory of its own to write to: one number a weight. Keras's own update is used for sparse
+gradients, for variables that are not float32, and for optimizers without such an op (Adagrad, Nadam, Lion,
+Lamb: TensorFlow's adds epsilon at another place, or there is none).
 
 Measured by `benchmarks/step_time.py`.
 """
@@ -70,13 +71,15 @@ def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: An
     )
 
 
-def _rmsprop(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+def _rmsprop(
+    optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any, momentum: Any = None
+) -> None:
     """Hinton (2012), lecture 6e; centered: Graves (2013), https://arxiv.org/abs/1308.0850, eq. 38 to 45."""
     number = functools.partial(tf.cast, dtype=variable.dtype)
     arguments = {
         "var": variable.handle,
         "ms": _slot(optimizer, "_velocities", variable),
-        "mom": _slot(optimizer, "_momentums", variable),
+        "mom": _slot(optimizer, "_momentums", variable) if momentum is None else momentum.handle,
         "lr": number(learning_rate),
         "rho": number(optimizer.rho),
         "momentum": number(optimizer.momentum),
@@ -89,6 +92,31 @@ def _rmsprop(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate
         )
     else:
         tf.raw_ops.ResourceApplyRMSProp(**arguments)
+
+
+class RMSpropWithoutMomentum:
+    """RMSprop with `momentum=0` by the op that has one.
+
+    The op writes `0 · momentum + change` before it subtracts that; Keras has no such slot. Nobody reads what
+    stands there.
+    """
+
+    def __init__(self) -> None:
+        self._momentums: dict[str, tf.Variable] = {}
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What the op writes to beside the slots of Keras."""
+        return list(self._momentums.values())
+
+    def __call__(self, optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+        """As the other updates."""
+        name = variable._unique_id
+        if name not in self._momentums:
+            with tf.init_scope():
+                zeros = tf.zeros(variable.shape, variable.dtype)
+                self._momentums[name] = tf.Variable(zeros, trainable=False, name="unused_momentum")
+        _rmsprop(optimizer, gradient, variable, learning_rate, self._momentums[name])
 
 
 def _adamax(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
@@ -150,10 +178,10 @@ def fused_update(optimizer: keras.optimizers.Optimizer) -> Update | str:
     update = UPDATES.get(getattr(type(optimizer), "update_step", None))
     if update is None:
         return f"TensorFlow has no fused op that computes {name}'s update"
-    if update is _rmsprop and not optimizer.momentum > 0:
-        return "TensorFlow's fused RMSprop needs a momentum slot, and momentum=0 has none"
     if "update_step" in vars(optimizer):
         return f"this {name} has an update_step of its own"
+    if update is _rmsprop and not optimizer.momentum > 0:
+        return RMSpropWithoutMomentum()
     return update
 
 

@@ -8,7 +8,8 @@ are cores, and the parts run side by side. Features come first and samples last:
 rows, which XLA vectorizes, and the input's product joins the state's.
 
 Used for float32, tanh and sigmoid, no mask, no dropout in the layer, `reset_after=True`, and batches and
-sequences of known length; Keras's own code runs otherwise.
+sequences of known length; Keras's own code runs otherwise. Unrolling the steps was tried: 0.8 × Keras's time
+without XLA, and many times of it with XLA, against 0.5 × for these programs (LSTM of 64 units, 32 steps).
 
 References: Hochreiter & Schmidhuber (1997), https://doi.org/10.1162/neco.1997.9.8.1735; Cho et al. (2014),
 https://arxiv.org/abs/1406.1078. Measured by `benchmarks/step_time.py --models lstm gru`.
@@ -32,16 +33,23 @@ from tfaccel.fast_kernels.patch import Patch
 SAMPLES_A_PART = 8  # at least
 
 
-def is_supported(layer: keras.layers.Layer) -> bool:
-    """Whether the layer is an LSTM or GRU whose settings the programs have."""
+def why_not(layer: keras.layers.Layer) -> str:
+    """What in the settings of an LSTM or GRU the programs don't have; empty where they have everything."""
     cell: Any = getattr(layer, "cell", None)
     pairs = [(keras.layers.LSTM, keras.layers.LSTMCell), (keras.layers.GRU, keras.layers.GRUCell)]
-    if (type(layer), type(cell)) not in pairs or layer.use_cudnn is True:
-        return False
-    gates = cell.activation is keras.activations.tanh
-    gates = gates and cell.recurrent_activation is keras.activations.sigmoid
-    plain = not (cell.dropout or cell.recurrent_dropout) and getattr(cell, "reset_after", True)
-    return gates and plain and layer.compute_dtype == layer.variable_dtype == "float32"
+    if (type(layer), type(cell)) not in pairs:
+        return "it is a subclass or has another cell"
+    if layer.use_cudnn is True:
+        return "use_cudnn=True"
+    if cell.activation is not keras.activations.tanh:
+        return "its activation is not tanh"
+    if cell.recurrent_activation is not keras.activations.sigmoid:
+        return "its recurrent activation is not sigmoid"
+    if cell.dropout or cell.recurrent_dropout:
+        return "it drops inside the layer"
+    if not getattr(cell, "reset_after", True):
+        return "reset_after=False"
+    return "" if layer.compute_dtype == layer.variable_dtype == "float32" else "it is not float32"
 
 
 def can_fuse(layer: keras.layers.Layer, sequences: Any, mask: Any, graph: Any) -> bool:
@@ -55,7 +63,7 @@ def can_fuse(layer: keras.layers.Layer, sequences: Any, mask: Any, graph: Any) -
             no tape tells whether the inputs want a gradient.
     """
     inner = tf.compat.v1.get_default_graph() is not graph
-    if mask is not None or inner or tf.executing_eagerly() or not is_supported(layer):
+    if mask is not None or inner or tf.executing_eagerly() or why_not(layer):
         return False
     return sequences.shape.is_fully_defined() and sequences.dtype == tf.float32 and sequences.shape[0] > 0
 

@@ -11,37 +11,26 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter, make_class_weight_map_fn
 from keras.src.trainers.trainer import model_supports_jit
 
-from tfaccel.fast_kernels import (
-    fused_attention,
-    fused_batch_norm,
-    fused_einsum,
-    fused_gelu,
-    fused_optimizer,
-    fused_recurrent,
-    resident,
-)
-from tfaccel.fast_kernels.agreement import EPSILON
+from tfaccel.fast_kernels import resident
 from tfaccel.fast_kernels.chunks import CallLength, count_exactly, is_stream, running_loop, watches_batches
 from tfaccel.fast_kernels.functions import FastFunction, LoopClock
 from tfaccel.fast_kernels.prediction import PredictFunction, sliced
+from tfaccel.fast_kernels.proofs import Proofs
 from tfaccel.fast_kernels.resident import ATTRIBUTE, Pass, ResidentBatches
-from tfaccel.fast_kernels.same_random import same_random_numbers
 from tfaccel.fast_kernels.trial import Way
 from tfaccel.keras_fixes.compile_checks import around_compile
 from tfaccel.keras_fixes.input_clock import CLOCK_ATTRIBUTE
 
 Report = MutableMapping[str, str]
-ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 
 
 def accelerate_at_compile(
@@ -103,11 +92,7 @@ class Kernels:
         self._xla = xla
         self._growing_calls = growing_calls
         self._report = report
-        self._update: fused_optimizer.Update | str | None = None
-        self._batch_norm: dict[str, bool] = {}
-        self._einsum: dict[str, bool] = {}
-        self._attention: bool | None = None
-        self._gelu: bool | None = None
+        self._proofs = Proofs(model.optimizer, report)
         self._plain_functions: dict[str, Any] = {}
 
     def make_train_function(self, force: bool = False) -> None:
@@ -165,7 +150,7 @@ class Kernels:
             self._plain_functions[kind] = getattr(model, name)
             return
         if present is None or force:
-            self._prove()
+            self._proofs.prove(model._flatten_layers())
             step = functools.partial(self._fused, getattr(model, f"{kind}_step"))
             report = functools.partial(self._report.__setitem__, "xla")
             keras_function = model._make_function(step(Way.PLAIN))
@@ -183,7 +168,7 @@ class Kernels:
             return [Way.LOOP]
         if kind != "train" or self._xla is False:
             return [Way.PLAIN]
-        recurrent = any(fused_recurrent.is_supported(layer) for layer in model._flatten_layers())
+        recurrent = self._proofs.can_fuse_recurrent(model._flatten_layers())
         return [Way.PLAIN, *([Way.RECURRENT] if recurrent else []), Way.LOOP]
 
     def _bind(self, model: keras.Model, function: FastFunction, kind: str) -> None:
@@ -237,100 +222,17 @@ class Kernels:
         """The variables that Keras knows of: all, and those of the optimizer."""
         model = self._trained_model()
         slots = [variable.value for variable in getattr(self._optimizer, "variables", ())]
+        slots += self._proofs.variables
         return [v.value for v in (*model.variables, *model.metrics_variables)] + slots, slots
 
     def _fused(self, step: Callable[[Any], Any], way: Way) -> Callable[[Any], Any]:
         """The step, traced with fused kernels."""
 
         def fused_step(data: Any) -> Any:
-            with self._tracing(way):
+            with self._proofs.tracing(way):
                 return step(data)
 
         return self._trained_model()._autoconvert_optionals(fused_step)
-
-    @contextlib.contextmanager
-    def _tracing(self, way: Way) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if callable(self._update):
-                stack.enter_context(fused_optimizer.fused(_inner(self._optimizer), self._update))
-            if any(self._batch_norm.values()):
-                stack.enter_context(fused_batch_norm.fused(_allowed(self._batch_norm)))
-            if way is Way.LOOP:
-                stack.enter_context(same_random_numbers())
-            else:  # XLA does these better by itself
-                self._enter_matrix_kernels(stack, way)
-            yield
-
-    def _enter_matrix_kernels(self, stack: contextlib.ExitStack, way: Way) -> None:
-        if any(self._einsum.values()):
-            stack.enter_context(fused_einsum.fused(_allowed(self._einsum)))
-        if self._attention:
-            stack.enter_context(fused_attention.fused())
-        if self._gelu:
-            stack.enter_context(fused_gelu.fused())
-        if way is Way.RECURRENT:
-            stack.enter_context(fused_recurrent.fused())
-
-    def _prove(self) -> None:
-        """Runs the probes that this model needs; not while tracing, since they make variables."""
-        if self._update is None and self._optimizer is not None:
-            self._update = self._proven_update(_inner(self._optimizer))
-        layers = self._trained_model()._flatten_layers()
-        self._prove_by_dtype(
-            "batch_norm",
-            self._batch_norm,
-            [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)],
-            fused_batch_norm.probe,
-            "one fused op for each layer",
-        )
-        self._prove_by_dtype(
-            "einsum",
-            self._einsum,
-            [layer for layer in layers if isinstance(layer, (keras.layers.EinsumDense, *ATTENTION))],
-            fused_einsum.probe,
-            "one matrix product each",
-        )
-        attends = any(isinstance(layer, ATTENTION) for layer in layers)
-        if self._attention is None and attends:
-            self._attention = self._proven("attention", fused_attention.probe(), "two matrix products each")
-        squashes = any(getattr(layer, "activation", None) is keras.activations.gelu for layer in layers)
-        if self._gelu is None and squashes:
-            self._gelu = self._proven("gelu", fused_gelu.probe(), "gradient written out")
-
-    def _proven(self, name: str, far: float, fused: str) -> bool:
-        """Takes what a probe gave into the report."""
-        self._report[name] = fused if far <= 1 else f"Keras's own: the fused way lay {far:.1f} × off"
-        return far <= 1
-
-    def _prove_by_dtype(
-        self,
-        name: str,
-        known: dict[str, bool],
-        layers: list[keras.layers.Layer],
-        probe: Callable[[str], float],
-        fused: str,
-    ) -> None:
-        """Finds the compute dtypes of some layers in which a kernel agrees with Keras."""
-        for dtype in sorted({layer.compute_dtype for layer in layers} - set(known)):
-            far = probe(dtype) if dtype in EPSILON else np.inf
-            known[dtype] = self._proven(name, far, fused)
-
-    def _proven_update(self, optimizer: keras.optimizers.Optimizer) -> fused_optimizer.Update | str:
-        update = fused_optimizer.fused_update(optimizer)
-        if not isinstance(update, str):
-            far = fused_optimizer.probe(optimizer, update)
-            update = update if far <= 1 else f"the fused op lay {far:.1f} × what rounding allows from it"
-        own = isinstance(update, str)
-        self._report["optimizer"] = f"Keras's own: {update}" if own else "one fused op for each weight"
-        return update
-
-
-def _allowed(known: dict[str, bool]) -> set[str]:
-    return {dtype for dtype, agrees in known.items() if agrees}
-
-
-def _inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def _build_state(model: keras.Model, batch: Any) -> None:
