@@ -7,7 +7,9 @@ They are called here on the user's own optimizer object and its own slot variabl
 `iterations`, `get_config` and saving stay what they are. RMSprop without momentum takes the op with one,
 which is given memory of its own to write to: one number a weight. Keras's own update is used for sparse
 gradients, for variables that are not float32, and for optimizers without such an op (Adagrad, Nadam, Lion,
-Lamb: TensorFlow's adds epsilon at another place, or there is none).
+Lamb: TensorFlow's adds epsilon at another place, or there is none). For those, one flat update of all weights
+together was tried: 1.2, 1.6 and 2.7 × the time of Keras's own for Nadam, Lion and Adagrad on a network of 20
+weights, because putting them together and apart costs more than the operations that are saved.
 
 Measured by `benchmarks/step_time.py`.
 """
