@@ -9,7 +9,7 @@ the value itself comes on top.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -59,6 +59,20 @@ def worst_disagreement(
     """The largest `disagreement` of several arrays."""
     cases = zip(plain, other, before, strict=True)
     return max((disagreement(a, b, c, tolerance) for a, b, c in cases), default=0.0)
+
+
+def value_and_gradients(way: Callable[..., tf.Tensor], operands: list[tf.Tensor]) -> list[np.ndarray]:
+    """What a kernel's probe compares: the result, and the gradients of the sum of its squares.
+
+    Args:
+        way: From the operands to a tensor; Keras's operation, or a kernel.
+        operands: Floating-point tensors; a gradient is taken for each.
+    """
+    with tf.GradientTape() as tape:
+        tape.watch(operands)
+        result = way(*operands)
+        square = tf.reduce_sum(tf.square(tf.cast(result, tf.float32)))
+    return [tf.cast(t, tf.float32).numpy() for t in [result, *tape.gradient(square, operands)]]
 
 
 STEP_TOLERANCE = 1e-3  # sums of n terms differ by sqrt(n)·eps: 1e-4 for a million, and ten such in a row

@@ -145,7 +145,8 @@ class FastFunction:
             other(*arguments)
             got = [variable.numpy() for variable in variables]
             reason = same_step(variables, before, expected, got, slots)
-        except Exception as error:  # whatever tracing for XLA raises, the step without it is there
+        # XLA raises TypeError, ValueError and any of tf.errors while it compiles; none may end the fit.
+        except Exception as error:
             reason = f"it can't compile the step ({(str(error) or repr(error)).splitlines()[0][:80]})"
         finally:
             if reason:

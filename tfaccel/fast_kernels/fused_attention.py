@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
-from tfaccel.fast_kernels.agreement import tolerance, worst_disagreement
+from tfaccel.fast_kernels.agreement import tolerance, value_and_gradients, worst_disagreement
 from tfaccel.fast_kernels.patch import Patch
 
 
@@ -70,14 +70,9 @@ def probe() -> float:
     random = np.random.default_rng(0)
     operands = [tf.constant(random.normal(size=(2, 5, 3, 4)), tf.float32) for _ in range(3)]
     mask = tf.constant(random.random((2, 1, 5, 5)) < 0.7)
-    results = []
     with tf.device("CPU:0"):
-        for way in (keras_nn._dot_product_attention_xla, attend):
-            with tf.GradientTape() as tape:
-                tape.watch(operands)
-                query, key, value = operands
-                output = way(query, key, value, None, mask, True, 0.4)
-                square = tf.reduce_sum(tf.square(output))
-            results.append([t.numpy() for t in [output, *tape.gradient(square, operands)]])
-    plain, other = results
+        plain, other = (
+            value_and_gradients(lambda q, k, v, way=way: way(q, k, v, None, mask, True, 0.4), operands)
+            for way in (keras_nn._dot_product_attention_xla, attend)
+        )
     return worst_disagreement(plain, other, [np.zeros_like(a) for a in plain], tolerance())

@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import numpy as keras_numpy
 
-from tfaccel.fast_kernels.agreement import tolerance, worst_disagreement
+from tfaccel.fast_kernels.agreement import tolerance, value_and_gradients, worst_disagreement
 from tfaccel.fast_kernels.patch import Patch
 
 # Of MultiHeadAttention: projection, output, scores, values; each is probed.
@@ -178,15 +178,7 @@ def probe(dtype: str) -> float:
         operands = [random.normal(size=[sizes[i] for i in part]) for part in (product.first, product.second)]
         with tf.device("CPU:0"):
             ways = (functools.partial(keras_numpy.einsum, equation), functools.partial(multiply, product))
-            plain, other = (_with_gradients(way, [tf.cast(o, dtype) for o in operands]) for way in ways)
+            plain, other = (value_and_gradients(way, [tf.cast(o, dtype) for o in operands]) for way in ways)
         zeros = [np.zeros_like(a) for a in plain]
         worst = max(worst, worst_disagreement(plain, other, zeros, tolerance(dtype, roundings=4)))
     return worst
-
-
-def _with_gradients(way: Callable[..., tf.Tensor], operands: list[tf.Tensor]) -> list[np.ndarray]:
-    with tf.GradientTape() as tape:
-        tape.watch(operands)
-        result = way(*operands)
-        square = tf.reduce_sum(tf.square(tf.cast(result, tf.float32)))
-    return [tf.cast(t, tf.float32).numpy() for t in [result, *tape.gradient(square, operands)]]
