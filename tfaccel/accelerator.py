@@ -9,9 +9,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfaccel.fast_kernels.kernels import accelerate_at_compile
+from tfaccel.fast_kernels.kernels import Settings, accelerate_at_compile
 from tfaccel.keras_fixes import compile_checks
 from tfaccel.keras_fixes.compile_checks import is_distributed
+from tfaccel.keras_fixes.replica_step import is_replicated
 from tfaccel.prepare.choice import Choice
 from tfaccel.prepare.devices import Devices
 from tfaccel.prepare.execution import choose_jit, choose_kernels, choose_steps_per_execution
@@ -105,13 +106,14 @@ class Accelerator:
                 stack.enter_context(self.strategy.scope())
             keras.config.set_dtype_policy(self.precision)
             stack.enter_context(compile_checks.refuse_at_compile(self.strategy, self.precision))
-            if self._kernels.value == "fused":
-                accelerated = accelerate_at_compile(
+            fused = self._kernels.value == "fused"
+            if fused or is_replicated(self.strategy):
+                settings = Settings(
+                    fused=fused,
                     xla=self._jit.value if self._jit.by_user else None,
                     growing_calls=not self._steps.by_user,
-                    report=self._kernels_used,
                 )
-                stack.enter_context(accelerated)
+                stack.enter_context(accelerate_at_compile(settings, self._kernels_used))
             yield self
 
     def dataset(

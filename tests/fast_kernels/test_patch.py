@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tfaccel.fast_kernels.patch import Patch
+from tfaccel.keras_fixes.patch import Patch
 
 
 class Host:

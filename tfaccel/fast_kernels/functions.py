@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import tensorflow as tf
 from tfaccel.fast_kernels.agreement import same_step
 from tfaccel.fast_kernels.chunks import CallLength, Chunk
 from tfaccel.fast_kernels.resident import MEMORY_FRACTION, Pass, ResidentBatches, free_memory_bytes
-from tfaccel.fast_kernels.step_loop import resident_loop, stream_loop
+from tfaccel.fast_kernels.step_loop import Step, resident_loop, stream_loop
 from tfaccel.fast_kernels.trial import Trial, Way
 from tfaccel.keras_fixes.input_clock import Reading
 
@@ -54,25 +55,28 @@ class FastFunction:
 
     Args:
         keras_function: Keras's, for batches that come as Python objects.
-        step: The step for each way of compiling it: from a batch to its logs.
+        step: The step for each way of compiling it.
         state: Gives the variables that a step may change, and those of them that are the optimizer's.
         ways: What to choose from; the first one is taken where there is only one, and a run begins with it.
         report: Is told what was found out.
+        around: Makes a context in which programs are traced and run.
     """
 
     def __init__(
         self,
         keras_function: Any,
-        step: Callable[[Way], Any],
+        step: Callable[[Way], Step],
         state: Callable[[], tuple[list[tf.Variable], list[tf.Variable]]],
         ways: Sequence[Way],
         report: Callable[[str], None],
+        around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ):
         self._keras_function = keras_function
         self._step = step
         self._state = state
         self._ways = ways
         self._report = report
+        self._around = around
         self._programs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._trials: dict[Any, Trial] = {}
         self._agreed: set[Any] = set()  # keys of programs whose step was equal
@@ -91,7 +95,11 @@ class FastFunction:
         """Runs what Keras's loop hands over; gives the logs of the last step."""
         if not isinstance(iterator, Chunk):
             return self._keras_function(iterator)
-        source, first, count = iterator.source, iterator.first, iterator.count
+        with self._around():
+            return self._run_chunk(iterator)
+
+    def _run_chunk(self, chunk: Chunk) -> Any:
+        source, first, count = chunk.source, chunk.first, chunk.count
         started = time.perf_counter()
         if isinstance(source, Pass):
             logs, waited_s = self._run_resident(source, first, count), 0.0
@@ -102,7 +110,7 @@ class FastFunction:
             program = self._program("stream", lambda: stream_loop(self._step(way), way is Way.LOOP))
             logs, *counts = program(source, tf.constant(count))
             count, examples, waited_s = (tensor.numpy().item() for tensor in counts)
-        iterator.ran(count)
+        chunk.ran(count)
         self.length.took(count, time.perf_counter() - started)
         self.clock.note(count, examples, waited_s)
         return logs

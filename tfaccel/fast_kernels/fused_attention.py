@@ -19,7 +19,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
 from tfaccel.fast_kernels.agreement import tolerance, value_and_gradients, worst_disagreement
-from tfaccel.fast_kernels.patch import Patch
+from tfaccel.keras_fixes.patch import Patch
 
 
 def attend(

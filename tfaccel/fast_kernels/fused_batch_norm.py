@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfaccel.fast_kernels.agreement import EPSILON, tolerance, worst_disagreement
-from tfaccel.fast_kernels.patch import Patch
+from tfaccel.keras_fixes.patch import Patch
 
 MIN_EPSILON = 1e-5  # of cuDNN, which adds no less
 

@@ -24,7 +24,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import numpy as keras_numpy
 
 from tfaccel.fast_kernels.agreement import tolerance, value_and_gradients, worst_disagreement
-from tfaccel.fast_kernels.patch import Patch
+from tfaccel.keras_fixes.patch import Patch
 
 # Of MultiHeadAttention: projection, output, scores, values; each is probed.
 PROBED = ("abc,cde->abde", "abcd,cde->abe", "aecd,abcd->acbe", "acbe,aecd->abcd")

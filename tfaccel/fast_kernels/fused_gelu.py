@@ -23,7 +23,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
 from tfaccel.fast_kernels.agreement import tolerance, worst_disagreement
-from tfaccel.fast_kernels.patch import Patch
+from tfaccel.keras_fixes.patch import Patch
 
 
 @tf.custom_gradient

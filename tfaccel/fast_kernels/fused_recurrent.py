@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import record
 
-from tfaccel.fast_kernels.patch import Patch
+from tfaccel.keras_fixes.patch import Patch
 from tfaccel.fast_kernels.recurrent_programs import Gru, Lstm
 
 SAMPLES_A_PART = 8  # at least

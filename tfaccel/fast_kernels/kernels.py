@@ -8,6 +8,7 @@ optimizer and layers are touched only while a step is being traced.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import types
 import weakref
@@ -26,37 +27,60 @@ from tfaccel.fast_kernels.functions import FastFunction, LoopClock
 from tfaccel.fast_kernels.prediction import PredictFunction, sliced
 from tfaccel.fast_kernels.proofs import Proofs
 from tfaccel.fast_kernels.resident import ATTRIBUTE, Pass, ResidentBatches
+from tfaccel.fast_kernels.step_loop import OneDeviceStep, Step
 from tfaccel.fast_kernels.trial import Way
 from tfaccel.keras_fixes.compile_checks import around_compile
+from tfaccel.keras_fixes.control_flow_captures import captured_outside
+from tfaccel.keras_fixes.first_batch import build_from_specification
 from tfaccel.keras_fixes.input_clock import CLOCK_ATTRIBUTE
+from tfaccel.keras_fixes.python_batches import own_memory
+from tfaccel.keras_fixes.replica_step import ReplicatedStep, batches_function, is_replicated
+from tfaccel.keras_fixes.replica_xla import check_train_step, compiled_on_replica
 
 Report = MutableMapping[str, str]
 
 
-def accelerate_at_compile(
-    *, xla: bool | None, growing_calls: bool, report: Report
-) -> contextlib.AbstractContextManager[None]:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an `Accelerator` chose for the steps of the models that are compiled in its scope.
+
+    Args:
+        fused: Whether fused operations are tried, and data stay in memory.
+        xla: Whether the loop is compiled by XLA: True, False, or None to find out while it runs.
+        growing_calls: Whether a call into TensorFlow may run more than `model.steps_per_execution` steps.
+        synchronize: Whether BatchNormalization takes its statistics over all replicas.
+    """
+
+    fused: bool = True
+    xla: bool | None = None
+    growing_calls: bool = True
+    synchronize: bool = True
+
+
+def accelerate_at_compile(settings: Settings, report: Report) -> contextlib.AbstractContextManager[None]:
     """Makes `compile` accelerate every model for as long as the block lasts. Arguments: see `accelerate`."""
 
     def wrap(original: Callable) -> Callable:
         def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
             original(self, *args, **kwargs)
-            accelerate(self, xla=xla, growing_calls=growing_calls, report=report)
+            accelerate(self, settings, report)
 
         return compile
 
     return around_compile(wrap)
 
 
-def accelerate(model: keras.Model, *, xla: bool | None, growing_calls: bool, report: Report) -> None:
-    """Lets a compiled model train with fused kernels and compiled loops.
+def accelerate(model: keras.Model, settings: Settings, report: Report) -> None:
+    """Lets a compiled model train with fused kernels and compiled loops, on every replica of its strategy.
 
     Args:
         model: Just compiled. Models that run eagerly, and subclasses that make their own train function,
             stay as they are; the report says so.
-        xla: Whether the loop is compiled by XLA: True, False, or None to find out while it runs.
-        growing_calls: Whether a call into TensorFlow may run more than `model.steps_per_execution` steps.
+        settings: How.
         report: Is given, by name, what was chosen and why; what it says of another model goes.
+
+    Raises:
+        ValueError: Several replicas, XLA, and a `train_step` of the user's own.
     """
     report.clear()
     reason = _why_not(model)
@@ -66,11 +90,15 @@ def accelerate(model: keras.Model, *, xla: bool | None, growing_calls: bool, rep
     if "make_train_function" in vars(model):
         model.make_train_function()  # what an interrupted fit left on the model comes off
         model.train_function = None
-    kernels = Kernels(model, xla, growing_calls, report)
+    kernels = Kernels(model, settings, report)
+    if kernels.replicated:
+        if model.jit_compile:
+            check_train_step(model)
+        model._maybe_symbolic_build = kernels.build
     model.make_train_function = kernels.make_train_function
     model.make_test_function = kernels.make_test_function
     model.make_predict_function = kernels.make_predict_function
-    if type(model).predict is keras.Model.predict:
+    if type(model).predict is keras.Model.predict and not kernels.replicated:
         model.predict = kernels.predict
 
 
@@ -86,13 +114,13 @@ def _why_not(model: keras.Model) -> str:
 class Kernels:
     """The kernels of one model, from one `compile` to the next. See `accelerate` for the arguments."""
 
-    def __init__(self, model: keras.Model, xla: bool | None, growing_calls: bool, report: Report):
+    def __init__(self, model: keras.Model, settings: Settings, report: Report):
         self._model = weakref.ref(model)
         self._optimizer = model.optimizer
-        self._xla = xla
-        self._growing_calls = growing_calls
+        self._settings = settings
         self._report = report
-        self._proofs = Proofs(model.optimizer, report)
+        self.replicated = is_replicated(model.distribute_strategy)
+        self._proofs = Proofs(model.optimizer, report, self.replicated)
         self._plain_functions: dict[str, Any] = {}
 
     def make_train_function(self, force: bool = False) -> None:
@@ -106,7 +134,7 @@ class Kernels:
     def make_predict_function(self, force: bool = False) -> None:
         """As Keras has it; called at the beginning of `predict`."""
         model = self._trained_model()
-        if self._is_plain(model):
+        if self._is_plain(model) or self.replicated:
             anew = force or isinstance(model.predict_function, PredictFunction)
             type(model).make_predict_function(model, anew)
         elif model.predict_function is None or force:
@@ -150,23 +178,26 @@ class Kernels:
             self._plain_functions[kind] = getattr(model, name)
             return
         if present is None or force:
-            self._proofs.prove(model._flatten_layers())
-            step = functools.partial(self._fused, getattr(model, f"{kind}_step"))
+            if self._settings.fused:
+                self._proofs.prove(model._flatten_layers())
+            step = functools.partial(self._replicated_step if self.replicated else self._fused_step, kind)
             report = functools.partial(self._report.__setitem__, "xla")
-            keras_function = model._make_function(step(Way.PLAIN))
+            make = batches_function if self.replicated else model._make_function
+            keras_function = make(step(Way.PLAIN).on_batch)
             ways = self._ways(model, kind)
-            setattr(model, name, FastFunction(keras_function, step, self._state, ways, report))
+            around = captured_outside if self.replicated else contextlib.nullcontext
+            setattr(model, name, FastFunction(keras_function, step, self._state, ways, report, around))
         # A function that the user put there is theirs, as Keras has it.
         if isinstance(getattr(model, name), FastFunction):
             self._bind(model, getattr(model, name), kind)
 
     def _ways(self, model: keras.Model, kind: str) -> list[Way]:
         """How the loop may be compiled: the first one to begin with, the others to be tried."""
-        if not model_supports_jit(model):
+        if self.replicated or not model_supports_jit(model):
             return [Way.PLAIN]  # a layer that XLA can't compile, or deterministic ops: as Keras decides
-        if model.jit_compile is True or (kind == "train" and self._xla is True):
+        if model.jit_compile is True or (kind == "train" and self._settings.xla is True):
             return [Way.LOOP]
-        if kind != "train" or self._xla is False:
+        if kind != "train" or self._settings.xla is False:
             return [Way.PLAIN]
         recurrent = self._proofs.can_fuse_recurrent(model._flatten_layers())
         return [Way.PLAIN, *([Way.RECURRENT] if recurrent else []), Way.LOOP]
@@ -177,12 +208,14 @@ class Kernels:
         epoch_iterator = loop.get("epoch_iterator")
         if epoch_iterator is None or loop.get("self") is not model or not is_stream(epoch_iterator):
             return
-        grows = self._growing_calls and not watches_batches(loop.get("callbacks"))
+        grows = self._settings.growing_calls and not watches_batches(loop.get("callbacks"))
         function.length = CallLength(epoch_iterator.steps_per_execution, grows)
         if not hasattr(epoch_iterator, CLOCK_ATTRIBUTE):  # `fit` keeps that of its validation
-            if kind == "train":
+            if kind == "train" and not self.replicated:
                 _build_state(model, epoch_iterator._distributed_dataset.element_spec)
             epoch_iterator.resident_data = self._resident_data(epoch_iterator, loop)
+            if self.replicated:
+                own_memory(epoch_iterator)
             setattr(epoch_iterator, CLOCK_ATTRIBUTE, LoopClock())
         function.clock = getattr(epoch_iterator, CLOCK_ATTRIBUTE)
         data = epoch_iterator.resident_data
@@ -199,6 +232,8 @@ class Kernels:
 
     def _resident_data(self, epoch_iterator: Any, loop: dict[str, Any]) -> ResidentBatches | str:
         adapter = epoch_iterator.data_adapter
+        if not self._settings.fused:
+            return 'kernels="plain"'
         if isinstance(adapter, ArrayDataAdapter):
             inputs, shuffle = adapter._inputs, adapter._shuffle
             reason = resident.why_not_arrays(inputs, shuffle)
@@ -225,14 +260,36 @@ class Kernels:
         slots += self._proofs.variables
         return [v.value for v in (*model.variables, *model.metrics_variables)] + slots, slots
 
-    def _fused(self, step: Callable[[Any], Any], way: Way) -> Callable[[Any], Any]:
+    def _fused_step(self, kind: str, way: Way) -> Step:
         """The step, traced with fused kernels."""
+        model = self._trained_model()
+        step = getattr(model, f"{kind}_step")
+
+        def fused_step(data: Any) -> Any:
+            with self._proofs.updating(), self._proofs.tracing(way):
+                return step(data)
+
+        return OneDeviceStep(model._autoconvert_optionals(fused_step))
+
+    def _replicated_step(self, kind: str, way: Way) -> Step:
+        """The step on every replica, traced with fused kernels."""
+        model = self._trained_model()
+        step = model._autoconvert_optionals(getattr(model, f"{kind}_step"))
 
         def fused_step(data: Any) -> Any:
             with self._proofs.tracing(way):
                 return step(data)
 
-        return self._trained_model()._autoconvert_optionals(fused_step)
+        return ReplicatedStep(
+            model.distribute_strategy,
+            compiled_on_replica(step, lambda: self._proofs.tracing(Way.LOOP)) if model.jit_compile else fused_step,
+            self._proofs.updating,
+            self._settings.synchronize,
+        )
+
+    def build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """In place of `_maybe_symbolic_build`, which Keras calls at the beginning of `fit` and `evaluate`."""
+        build_from_specification(self._trained_model(), iterator, data_batch)
 
 
 def _build_state(model: keras.Model, batch: Any) -> None:

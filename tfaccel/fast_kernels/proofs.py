@@ -37,6 +37,7 @@ class Kernel:
         fused: From the dtypes in which it may act to a context in which it does.
         dtypes: Those that it has.
         also_in_xla: Whether it is better than what XLA makes of Keras's operations.
+        across_samples: Whether it needs the samples of all replicas, which it does not get.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Kernel:
     fused: Callable[[Container[str]], contextlib.AbstractContextManager[None]]
     dtypes: Container[str] = tuple(EPSILON)
     also_in_xla: bool = False
+    across_samples: bool = False
 
 
 KERNELS = (
@@ -56,6 +58,7 @@ KERNELS = (
         fused_batch_norm.probe,
         fused_batch_norm.fused,
         also_in_xla=True,
+        across_samples=True,
     ),
     Kernel(
         "einsum",
@@ -89,13 +92,21 @@ class Proofs:
     Args:
         optimizer: The one that the model is compiled with, or None.
         report: Is told, by name, what is used and why not.
+        replicated: Whether the step runs on replicas of a strategy.
     """
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer | None, report: MutableMapping[str, str]):
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer | None,
+        report: MutableMapping[str, str],
+        replicated: bool = False,
+    ):
+        self._kernels = [kernel for kernel in KERNELS if not (replicated and kernel.across_samples)]
+        self._replicated = replicated
         self._optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         self._report = report
         self._update: fused_optimizer.Update | str | None = None
-        self._agrees: dict[str, dict[str, bool]] = {kernel.name: {} for kernel in KERNELS}
+        self._agrees: dict[str, dict[str, bool]] = {kernel.name: {} for kernel in self._kernels}
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -106,7 +117,7 @@ class Proofs:
         """Runs the probes that these layers need; not while tracing, since they make variables."""
         if self._update is None and self._optimizer is not None:
             self._update = self._proven_update(self._optimizer)
-        for kernel in KERNELS:
+        for kernel in self._kernels:
             known = self._agrees[kernel.name]
             for dtype in sorted(
                 {layer.compute_dtype for layer in layers if kernel.serves(layer)} - set(known)
@@ -124,6 +135,8 @@ class Proofs:
 
     def _proven_update(self, optimizer: keras.optimizers.Optimizer) -> fused_optimizer.Update | str:
         update = fused_optimizer.fused_update(optimizer)
+        if self._replicated and hasattr(update, "variables"):
+            update = "the fused op would need a scratch variable on each replica"
         if not isinstance(update, str):
             far = fused_optimizer.probe(optimizer, update)
             update = update if far <= 1 else f"the fused op lay {far:.1f} × what rounding allows from it"
@@ -141,13 +154,17 @@ class Proofs:
             self._report["recurrent"] = f"Keras's own loop or XLA for the whole: {left}"
         return not all(reasons.values())
 
+    def updating(self) -> contextlib.AbstractContextManager[None]:
+        """Lets the optimizer use the fused update, if it agreed, while a step is traced, in any thread."""
+        if callable(self._update):
+            return fused_optimizer.fused(self._optimizer, self._update)
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def tracing(self, way: Way) -> Iterator[None]:
         """Lets the kernels that agreed act while a step is traced in this thread."""
         with contextlib.ExitStack() as stack:
-            if callable(self._update):
-                stack.enter_context(fused_optimizer.fused(self._optimizer, self._update))
-            for kernel in KERNELS:
+            for kernel in self._kernels:
                 dtypes = {dtype for dtype, agrees in self._agrees[kernel.name].items() if agrees}
                 if dtypes and (way is not Way.LOOP or kernel.also_in_xla):
                     stack.enter_context(kernel.fused(dtypes))

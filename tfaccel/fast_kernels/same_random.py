@@ -21,7 +21,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops import gen_stateless_random_ops_v2, random_ops_util
 
-from tfaccel.fast_kernels.patch import Patch
+from tfaccel.keras_fixes.patch import Patch
 
 
 def uniform_from_bits(bits: tf.Tensor) -> tf.Tensor:
@@ -54,8 +54,8 @@ def _take_low_bits(original: Callable, setting: Callable[[], Any]) -> Callable:
     ) -> Any:
         if not setting() or dtype != tf.float32:
             return original(shape, key=key, counter=counter, alg=alg, dtype=dtype, name=name)
-        bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
-            shape=shape, key=key, counter=counter, alg=alg, dtype=tf.uint32
+        bits = gen_stateless_random_ops_v2.stateless_random_uniform_full_int_v2(
+            shape, key=key, counter=counter, alg=alg, dtype=tf.uint32
         )
         return uniform_from_bits(bits)
 

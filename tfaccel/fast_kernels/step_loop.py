@@ -8,21 +8,51 @@ not be a multiple of it, and the same program serves the last, shorter call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
 from tfaccel.fast_kernels.resident import BatchForm
 from tfaccel.keras_fixes.input_clock import count_examples
 
-Step = Callable[[Any], Any]
+
+class Step(Protocol):
+    """What a loop runs; its logs are nested scalars, or whatever a `train_step` gives back."""
+
+    def on_batch(self, data: Any) -> Any:
+        """The logs of a step on a batch."""
+
+    def on_rows(self, cut: Callable[[tf.Tensor], Any], rows: tf.Tensor) -> Any:
+        """The logs of a step on the batch that `cut` makes of `rows`."""
+
+    def examples(self, data: Any) -> tf.Tensor:
+        """How many there are in a batch; a scalar int32."""
+
+
+class OneDeviceStep:
+    """A step that runs where its caller is.
+
+    Args:
+        step: From a batch to its logs.
+    """
+
+    def __init__(self, step: Callable[[Any], Any]):
+        self.on_batch = step
+
+    def on_rows(self, cut: Callable[[tf.Tensor], Any], rows: tf.Tensor) -> Any:
+        """The logs of a step on the batch that `cut` makes of `rows`."""
+        return self.on_batch(cut(rows))
+
+    def examples(self, data: Any) -> tf.Tensor:
+        """How many there are in a batch; a scalar int32."""
+        return count_examples(data)
 
 
 def resident_loop(step: Step, form: BatchForm, static_size: int | None, xla: bool) -> Any:
     """A program that runs steps over rows gathered by index.
 
     Args:
-        step: From a batch to its logs (nested scalars, or whatever a `train_step` gives back).
+        step: What to run.
         form: How the batches look.
         static_size: Rows of every batch, where XLA compiles the program or a part of it; None for a program
             that takes any size, and a last batch that is smaller.
@@ -42,7 +72,7 @@ def resident_loop(step: Step, form: BatchForm, static_size: int | None, xla: boo
                 rows = tf.gather(order, batch * static_size + tf.range(static_size))
             else:
                 rows = order[batch * size : tf.minimum((batch + 1) * size, tf.shape(order)[0])]
-            return step(form.cut(leaves, rows))
+            return step.on_rows(lambda some: form.cut(leaves, some), rows)
 
         return _repeat(tf.function(numbered, autograph=False), first, count)
 
@@ -73,7 +103,7 @@ def stream_loop(step: Step, xla: bool) -> Any:
     """A program that runs steps over the batches of an iterator.
 
     Args:
-        step: From a batch to its logs.
+        step: What to run.
         xla: Compile each step with XLA, as Keras does.
 
     Returns:
@@ -82,7 +112,7 @@ def stream_loop(step: Step, xla: bool) -> Any:
     """
 
     def run(iterator: Any, count: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor, tf.Tensor]:
-        compiled = tf.function(step, autograph=False, reduce_retracing=True, jit_compile=xla)
+        compiled = tf.function(step.on_batch, autograph=False, reduce_retracing=True, jit_compile=xla)
         structure = compiled.get_concrete_function(iterator.element_spec).structured_outputs
         outputs = _Outputs(structure)
 
@@ -96,7 +126,7 @@ def stream_loop(step: Step, xla: bool) -> Any:
 
             def take() -> list[tf.Tensor]:
                 data = batch.get_value()
-                return [done + 1, examples + count_examples(data), *outputs.flatten(compiled(data))]
+                return [done + 1, examples + step.examples(data), *outputs.flatten(compiled(data))]
 
             done, examples, *last = tf.cond(goes_on, take, lambda: [done, examples, *last])
             return [done, goes_on, examples, waited, *last]

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 import keras
 import tensorflow as tf
 
+from tfaccel.keras_fixes.replica_step import is_replicated
+
 
 @contextlib.contextmanager
 def around_compile(wrap: Callable[[Callable], Callable]) -> Iterator[None]:
@@ -51,7 +53,6 @@ def refuse_at_compile(
 
     def wrap(original: Callable) -> Callable:
         def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
-            check_strategy(strategy)
             check_built_inside(self, strategy, policy)
             original(self, *args, **kwargs)
             check_optimizer(self.optimizer, strategy)
@@ -59,21 +60,6 @@ def refuse_at_compile(
         return compile
 
     return around_compile(wrap)
-
-
-def check_strategy(strategy: tf.distribute.Strategy) -> None:
-    """Raises where Keras can't fit at all: several workers (keras-team/keras#20585).
-
-    Raises:
-        ValueError: A `MultiWorkerMirroredStrategy` of more than one worker.
-    """
-    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-    if several and strategy.num_replicas_in_sync > 1:
-        raise ValueError(
-            f"MultiWorkerMirroredStrategy with {strategy.num_replicas_in_sync} replicas can't run "
-            "model.fit: Keras 3 fails in the first step (keras-team/keras#20585). Allowed in this "
-            "version: one worker. Unset TF_CONFIG, or write the training loop yourself."
-        )
 
 
 def check_built_inside(
@@ -120,7 +106,7 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer | None, strategy: tf.d
         ValueError: Gradient accumulation or a regular EMA overwrite under tf.distribute.
     """
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if inner is None or not is_distributed(strategy):
+    if inner is None or not is_distributed(strategy) or is_replicated(strategy):
         return
     for option in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
         value = getattr(inner, option, None)

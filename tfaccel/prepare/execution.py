@@ -5,6 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from tfaccel.keras_fixes.compile_checks import is_distributed
+from tfaccel.keras_fixes.replica_step import is_replicated
 from tfaccel.prepare.choice import Choice, refuse
 from tfaccel.prepare.devices import Devices
 
@@ -16,14 +17,14 @@ def choose_jit(requested: str | bool, devices: Devices, strategy: tf.distribute.
     """Turns the `jit` argument of `Accelerator` into a value for `model.compile(jit_compile=)`.
 
     Raises:
-        ValueError: Not "auto", True or False; or True with several replicas.
+        ValueError: Not "auto", True or False; or True with replicas that can't be compiled one by one.
     """
     replicas = strategy.num_replicas_in_sync
-    if requested is True and replicas > 1:
+    if requested is True and replicas > 1 and not is_replicated(strategy):
         raise refuse(
             "jit",
             requested,
-            f'"auto" or False with {replicas} replicas',
+            f'"auto" or False under {type(strategy).__name__}',
             "XLA can't compile an optimizer update that spans devices (keras-team/keras#18145).",
         )
     if requested is True or requested is False:
@@ -31,7 +32,7 @@ def choose_jit(requested: str | bool, devices: Devices, strategy: tf.distribute.
     if requested != "auto":
         raise refuse("jit", requested, '"auto", True or False', "Leave it out to have it chosen.")
     if replicas > 1:
-        return Choice(False, f"XLA can't compile an update that spans {replicas} replicas")
+        return Choice(False, f"{replicas} replicas; jit=True compiles each one's part of the step")
     if devices.kind == "cpu":
         return Choice(False, "XLA's convolutions are slow on CPUs; fused kernels try it where it may pay")
     return Choice("auto", "Keras uses XLA where every layer of the model supports it")
@@ -43,19 +44,18 @@ def choose_steps_per_execution(
     """Turns the `steps_per_execution` argument of `Accelerator` into a number of steps.
 
     Raises:
-        ValueError: Not "auto" or an integer of at least 1; or above 1 with several replicas.
+        ValueError: Not "auto" or an integer of at least 1; or above 1 where Keras can't run several.
     """
-    replicas = strategy.num_replicas_in_sync
     if requested == "auto":
         return _automatic_steps(kernels, strategy)
     if isinstance(requested, bool) or not isinstance(requested, int) or requested < 1:
         raise refuse("steps_per_execution", requested, '"auto" or an integer ≥ 1', "Use 1 for plain Keras.")
-    if requested > 1 and replicas > 1:
+    if requested > 1 and strategy.num_replicas_in_sync > 1 and not is_replicated(strategy):
         raise refuse(
             "steps_per_execution",
             requested,
-            f'"auto" or 1 with {replicas} replicas',
-            "Keras 3 fails there with TensorFlow's default all-reduce (keras-team/keras#19246).",
+            f'"auto" or 1 under {type(strategy).__name__}',
+            "Keras 3 fails there (keras-team/keras#19246).",
         )
     return Choice(requested, "you asked for it", by_user=True)
 
@@ -63,8 +63,8 @@ def choose_steps_per_execution(
 def _automatic_steps(kernels: str, strategy: tf.distribute.Strategy) -> Choice:
     if kernels == "plain":
         return Choice(1, 'kernels="plain" leaves the step as Keras has it')
-    if is_distributed(strategy):
-        return Choice(1, "Keras 3 can't run several steps per call under tf.distribute")
+    if is_distributed(strategy) and not is_replicated(strategy):
+        return Choice(1, f"Keras 3 can't run several steps per call under {type(strategy).__name__}")
     reason = (
         "one call into TensorFlow runs 16 steps, and more where no callback watches single batches: "
         "Python's share of a small step goes"
@@ -76,21 +76,21 @@ def choose_kernels(requested: str, devices: Devices, strategy: tf.distribute.Str
     """Turns the `kernels` argument of `Accelerator` into "plain" or "fused".
 
     Raises:
-        ValueError: Not "auto", "plain" or "fused"; or "fused" under a strategy of several replicas.
+        ValueError: Not "auto", "plain" or "fused"; or "fused" under a strategy that it does not know.
     """
     if requested not in KERNELS:
         raise refuse("kernels", requested, ", ".join(map(repr, KERNELS)), "Leave it out to have them chosen.")
     if requested == "plain":
         return Choice("plain", "you asked for it", by_user=True)
-    if is_distributed(strategy):
+    if is_distributed(strategy) and not is_replicated(strategy):
         if requested == "fused":
             raise refuse(
                 "kernels",
                 requested,
                 f'"auto" or "plain" under {type(strategy).__name__}',
-                "The fused step runs on one device in this version.",
+                "The fused step runs on one device, or under a (multi-worker) MirroredStrategy.",
             )
-        return Choice("plain", "the fused step runs on one device in this version")
+        return Choice("plain", f"there is no fused step for {type(strategy).__name__}")
     if requested == "fused":
         return Choice("fused", "you asked for it; each kernel is used once it agreed with Keras's own", True)
     if devices.kind != "cpu":
