@@ -34,10 +34,24 @@ from tfaccel.keras_fixes.control_flow_captures import captured_outside
 from tfaccel.keras_fixes.first_batch import build_from_specification
 from tfaccel.keras_fixes.input_clock import CLOCK_ATTRIBUTE
 from tfaccel.keras_fixes.python_batches import own_memory
-from tfaccel.keras_fixes.replica_step import ReplicatedStep, batches_function, is_replicated
+from tfaccel.keras_fixes.replica_step import (
+    ReplicatedStep,
+    batches_function,
+    eager_function,
+    is_multi_worker,
+    is_replicated,
+    same_order,
+)
 from tfaccel.keras_fixes.replica_xla import check_train_step, compiled_on_replica
 
 Report = MutableMapping[str, str]
+REPLACED = (
+    "make_train_function",
+    "make_test_function",
+    "make_predict_function",
+    "predict",
+    "_maybe_symbolic_build",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +88,8 @@ def accelerate(model: keras.Model, settings: Settings, report: Report) -> None:
     """Lets a compiled model train with fused kernels and compiled loops, on every replica of its strategy.
 
     Args:
-        model: Just compiled. Models that run eagerly, and subclasses that make their own train function,
-            stay as they are; the report says so.
+        model: Just compiled. Models that run eagerly on one device, and subclasses that make their own train
+            function, stay as they are; the report says so.
         settings: How.
         report: Is given, by name, what was chosen and why; what it says of another model goes.
 
@@ -87,9 +101,7 @@ def accelerate(model: keras.Model, settings: Settings, report: Report) -> None:
     if reason:
         report["loop"] = f"Keras's own: {reason}"
         return
-    if "make_train_function" in vars(model):
-        model.make_train_function()  # what an interrupted fit left on the model comes off
-        model.train_function = None
+    release(model)
     kernels = Kernels(model, settings, report)
     if kernels.replicated:
         if model.jit_compile:
@@ -106,9 +118,20 @@ def _why_not(model: keras.Model) -> str:
     for name in ("make_train_function", "make_test_function", "make_predict_function"):
         if getattr(type(model), name) is not getattr(keras.Model, name):
             return f"{type(model).__name__} has a {name} of its own"
-    if model.run_eagerly:
+    if model.run_eagerly and not is_replicated(model.distribute_strategy):
         return "the model runs eagerly"
     return ""
+
+
+def release(model: keras.Model) -> None:
+    """Takes off what `accelerate` put on a model, and what an interrupted fit left on it."""
+    if "make_train_function" not in vars(model):
+        return
+    model.make_train_function()
+    for name in REPLACED:
+        if name in vars(model):
+            delattr(model, name)
+    model.train_function = model.test_function = model.predict_function = None
 
 
 class Kernels:
@@ -163,8 +186,10 @@ class Kernels:
 
     def _is_plain(self, model: keras.Model) -> bool:
         """Compiled anew outside of the scope, or being debugged: plain Keras was asked for."""
-        anew = model.optimizer is not self._optimizer
-        return anew or model.run_eagerly or tf.config.functions_run_eagerly()
+        return model.optimizer is not self._optimizer or self._is_debugged(model)
+
+    def _is_debugged(self, model: keras.Model) -> bool:
+        return model.run_eagerly or tf.config.functions_run_eagerly()
 
     def _make(self, kind: str, force: bool) -> None:
         model = self._trained_model()
@@ -173,8 +198,12 @@ class Kernels:
         if present is self._plain_functions.get(kind):
             present = None  # made below, in a fit that was debugged
         if self._is_plain(model):
-            anew = force or present is None or isinstance(present, FastFunction)
-            getattr(type(model), f"make_{name}")(model, anew)
+            if self.replicated and model.optimizer is self._optimizer:
+                step = self._replicated_step(kind, Way.PLAIN)
+                setattr(model, name, eager_function(step.on_batch, model.steps_per_execution))
+            else:
+                anew = force or present is None or isinstance(present, FastFunction)
+                getattr(type(model), f"make_{name}")(model, anew)
             self._plain_functions[kind] = getattr(model, name)
             return
         if present is None or force:
@@ -182,7 +211,7 @@ class Kernels:
                 self._proofs.prove(model._flatten_layers())
             step = functools.partial(self._replicated_step if self.replicated else self._fused_step, kind)
             report = functools.partial(self._report.__setitem__, "xla")
-            make = batches_function if self.replicated else model._make_function
+            make = functools.partial(batches_function, model) if self.replicated else model._make_function
             keras_function = make(step(Way.PLAIN).on_batch)
             ways = self._ways(model, kind)
             around = captured_outside if self.replicated else contextlib.nullcontext
@@ -221,7 +250,7 @@ class Kernels:
         data = epoch_iterator.resident_data
         resident_now = isinstance(data, ResidentBatches)
         if resident_now:
-            count_exactly(epoch_iterator, lambda: Pass(data, data.new_order()), function)
+            count_exactly(epoch_iterator, lambda: Pass(data, self._order(model, data)), function)
         else:
             count_exactly(epoch_iterator, lambda: iter(epoch_iterator._distributed_dataset), function)
         if kind == "train":
@@ -230,9 +259,14 @@ class Kernels:
         epochs = loop.get("epochs", 1) - loop.get("initial_epoch", 0)
         function.expect_steps(epochs * (epoch_iterator.num_batches or 0))
 
+    def _order(self, model: keras.Model, data: ResidentBatches) -> tf.Tensor:
+        """The rows of one pass, the same for all workers."""
+        order = data.new_order()
+        return same_order(model.distribute_strategy, order) if self.replicated else order
+
     def _resident_data(self, epoch_iterator: Any, loop: dict[str, Any]) -> ResidentBatches | str:
         adapter = epoch_iterator.data_adapter
-        if not self._settings.fused:
+        if not self._settings.fused and not is_multi_worker(self._trained_model().distribute_strategy):
             return 'kernels="plain"'
         if isinstance(adapter, ArrayDataAdapter):
             inputs, shuffle = adapter._inputs, adapter._shuffle

@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tfaccel.keras_fixes.control_flow_captures import captured_outside
@@ -108,7 +109,9 @@ class ReplicatedStep:
                 synchronized(share if self._synchronize and replicas > 1 else None),
                 applying(instead),
             ):
-                return self._step(data)
+                logs = self._step(data)
+            # A train_step that gives back its own loss gives this replica's part of it.
+            return tf.nest.map_structure(lambda log: log * replicas if share.is_part(log) else log, logs)
 
         with self._around(), captured_outside():
             logs = self._strategy.run(on_replica, arguments)
@@ -148,16 +151,65 @@ def is_replicated(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy)
 
 
-def batches_function(step: Step) -> Callable[[Any], Any]:
+def batches_function(model: keras.Model, step: Step) -> Callable[[Any], Any]:
     """What `train_on_batch` and its like call, in place of Keras's function.
 
     Args:
+        model: Whose metrics the logs are taken from: they count the samples of all replicas.
         step: From a whole batch to its logs.
     """
     function = tf.function(step, reduce_retracing=True, autograph=False)
 
     def run(batches: Any) -> Any:
         with captured_outside():
-            return function(next(iter(batches)))
+            logs = function(next(iter(batches)))
+        return dict(model._get_metrics_result_or_logs(logs))
 
     return run
+
+
+def eager_function(step: Step, steps: int) -> Callable[[Any], Any]:
+    """What Keras's loop calls where the model runs eagerly.
+
+    Args:
+        step: From a batch to its logs.
+        steps: As `steps_per_execution`.
+    """
+
+    def run(batches: Any) -> Any:
+        logs = None
+        for _, data in zip(range(steps), batches, strict=False):
+            logs = step(data)
+        if logs is None:
+            raise StopIteration
+        return logs
+
+    return run
+
+
+def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
+    """Whether other processes train the same model."""
+    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return several and strategy.extended._in_multi_worker_mode()
+
+
+def same_order(strategy: tf.distribute.Strategy, order: tf.Tensor) -> tf.Tensor:
+    """The first worker's order of the samples: with orders of their own, workers would train some twice.
+
+    Args:
+        strategy: Of all workers, who must all call this.
+        order: This worker's, int32, rank 1.
+    """
+    if not is_multi_worker(strategy):
+        return order
+
+    @tf.function(autograph=False)
+    def run(order: tf.Tensor) -> tf.Tensor:
+        def on_replica(order: tf.Tensor) -> tf.Tensor:
+            context = tf.distribute.get_replica_context()
+            own = tf.where(tf.equal(context.replica_id_in_sync_group, 0), order, 0)
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+
+        return strategy.experimental_local_results(strategy.run(on_replica, (order,)))[0]
+
+    return run(order)

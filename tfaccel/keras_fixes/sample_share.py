@@ -23,6 +23,7 @@ from typing import Any
 
 import tensorflow as tf
 from keras.src.losses import loss as keras_loss
+from keras.src.trainers.trainer import Trainer
 
 from tfaccel.keras_fixes.patch import Patch
 
@@ -43,10 +44,15 @@ class Share:
         self.total = total
         self.can_reduce = can_reduce
         self.weighed = False  # whether a loss was divided among the replicas
+        self.parts: list[Any] = []  # what the model's compute_loss gave
 
     def fraction(self, dtype: Any = tf.float32) -> tf.Tensor:
         """Rows over total; as Keras's 1 / replicas where shares are even."""
         return tf.math.divide_no_nan(tf.cast(self.rows, dtype), tf.cast(self.total, dtype))
+
+    def is_part(self, value: Any) -> bool:
+        """Whether it is a loss that the model computed, and so this replica's part of one."""
+        return any(value is part for part in self.parts)
 
     def sum(self, value: tf.Tensor, what: str) -> tf.Tensor:
         """The sum over all replicas.
@@ -118,6 +124,16 @@ def _reduce(original: Callable, setting: Callable[[], Share | None]) -> Callable
     return reduce_values
 
 
+def _note_loss(original: Callable, setting: Callable[[], Share | None]) -> Callable:
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, share = original(self, *args, **kwargs), setting()
+        if share is not None:
+            share.parts.append(loss)
+        return loss
+
+    return compute_loss
+
+
 def _replicas(original: property, setting: Callable[[], Share | None]) -> property:
     def num_replicas_in_sync(self: Any) -> int:
         share = setting()
@@ -133,6 +149,7 @@ _PATCHES = (
     Patch(keras_loss, "unscale_loss_for_distribution", _unscale),
     Patch(keras_loss, "apply_mask", _apply_mask),
     Patch(keras_loss, "reduce_values", _reduce),
+    Patch(Trainer, "compute_loss", _note_loss),
     Patch(tf.distribute.Strategy.__mro__[1], "num_replicas_in_sync", _replicas),
 )
 
