@@ -310,15 +310,18 @@ class Kernels:
         model = self._trained_model()
         step = model._autoconvert_optionals(getattr(model, f"{kind}_step"))
 
+        xla = model.jit_compile and not self._is_debugged(model)
+
         def fused_step(data: Any) -> Any:
             with self._proofs.tracing(way):
                 return step(data)
 
         return ReplicatedStep(
             model.distribute_strategy,
-            compiled_on_replica(step, lambda: self._proofs.tracing(Way.LOOP)) if model.jit_compile else fused_step,
+            compiled_on_replica(step, lambda: self._proofs.tracing(Way.LOOP)) if xla else fused_step,
             self._proofs.updating,
             self._settings.synchronize,
+            can_reduce=not xla,
         )
 
     def build(self, iterator: Any = None, data_batch: Any = None) -> None:

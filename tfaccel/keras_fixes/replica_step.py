@@ -37,6 +37,7 @@ class ReplicatedStep:
         step: From a replica's batch to its logs.
         around: Makes a context for the thread that traces, around all replicas.
         synchronize: Whether BatchNormalization takes its statistics over all replicas.
+        can_reduce: Whether replicas can exchange values inside of the step.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class ReplicatedStep:
         step: Step,
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         synchronize: bool = True,
+        can_reduce: bool = True,
     ):
         self._strategy = strategy
         self._step = step
         self._around = around
         self._synchronize = synchronize
+        self._can_reduce = can_reduce
 
     def on_batch(self, data: Any) -> Any:
         """The logs of a step.
@@ -66,7 +69,7 @@ class ReplicatedStep:
         def part(data: Any, counts: tf.Tensor) -> tuple[Any, Share]:
             every = self._of_all(counts)
             here = tf.distribute.get_replica_context().replica_id_in_sync_group
-            return data, Share(tf.reduce_sum(every[:here]), every[here], tf.reduce_sum(every))
+            return data, self._share(tf.reduce_sum(every[:here]), every[here], tf.reduce_sum(every))
 
         return self._run(part, (data, counts))
 
@@ -84,7 +87,7 @@ class ReplicatedStep:
             begin, end = total * here // replicas, total * (here + 1) // replicas
             with tf.device("CPU:0"):  # where the data are: other devices get their rows only
                 data = cut(rows[begin:end])
-            return data, Share(begin, end - begin, total)
+            return data, self._share(begin, end - begin, total)
 
         return self._run(part, (rows,))
 
@@ -117,6 +120,9 @@ class ReplicatedStep:
             logs = self._strategy.run(on_replica, arguments)
         return tf.nest.map_structure(self._mean, logs)
 
+    def _share(self, begin: tf.Tensor, rows: tf.Tensor, total: tf.Tensor) -> Share:
+        return Share(begin, rows, total, self._can_reduce or self._strategy.num_replicas_in_sync == 1)
+
     def _mean(self, log: Any) -> Any:
         values = self._strategy.experimental_local_results(log)
         return values[0] if len(values) == 1 else tf.reduce_mean(tf.stack(values), axis=0)
@@ -147,8 +153,13 @@ def _rows_of(data: Any, rows: tf.Tensor) -> Any:
 
 
 def is_replicated(strategy: tf.distribute.Strategy) -> bool:
-    """Whether its variables have a copy on each replica that updates by itself: what `ReplicatedStep` heals."""
-    return isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy)
+    """Whether each replica has variables of its own that it can update by itself: what `ReplicatedStep` heals."""
+    return isinstance(
+        strategy,
+        tf.distribute.OneDeviceStrategy
+        | tf.distribute.MirroredStrategy
+        | tf.distribute.MultiWorkerMirroredStrategy,
+    )
 
 
 def batches_function(model: keras.Model, step: Step) -> Callable[[Any], Any]:
