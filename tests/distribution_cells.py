@@ -1,7 +1,7 @@
 """Small trainings under a strategy, one for each cell of the matrix, and what came out of them.
 
-`python tests/distribution_cells.py STRATEGY FILE`: its cells, in a process of their own for four devices, and in one
-process for each worker under `TF_CONFIG`.
+`python tests/distribution_cells.py STRATEGY FILE`: its cells, in a process of their own for four devices,
+and in one process for each worker under `TF_CONFIG`.
 """
 
 import itertools
@@ -42,7 +42,7 @@ def refusal(cell):
 
 
 def plain(cell, **changes):
-    """The cell as plain Keras runs it on one device, right in every case: the steps one by one, without XLA."""
+    """The cell as plain Keras runs it on one device, rightly: the steps one by one, without XLA."""
     return {**cell, "kernels": "plain", "jit": False, "steps_per_execution": 1, **changes}
 
 
@@ -125,7 +125,7 @@ def make_optimizer(cell):
     kind = getattr(keras.optimizers, cell["optimizer"])
     optimizer = kind(rate, gradient_accumulation_steps=cell["accumulation"], **options)
     if cell["precision"] == "mixed_float16":
-        # Keras's own 2 ** 15 overflows in some first steps: in the sum of a batch, and not in that of a share.
+        # Keras's own 2 ** 15 overflows in some first steps: in the sum of a batch, not in a share's.
         return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**8)
     return optimizer
 

@@ -1,7 +1,7 @@
 """Every strategy gives what one device gives: precision, XLA, accumulation, clipping, data… crossed pairwise.
 
-The oracle is plain Keras on one device, step by step and without XLA. A cell is equal within a derived bound, or it
-is refused before the first step.
+The oracle is plain Keras on one device, step by step and without XLA. A cell is equal within a derived
+bound, or it is refused before the first step.
 """
 
 import json
@@ -11,11 +11,10 @@ import socket
 import subprocess
 import sys
 
+import distribution_cells
 import numpy as np
 import pytest
 import tensorflow as tf
-
-import distribution_cells
 from distribution_cells import AXES, pairwise, plain, refusal
 
 CELLS = pairwise()
@@ -96,10 +95,10 @@ def results_of(number, strategies, request):
 def bounds(cell, expected):
     """How far weights and logs may lie from the oracle's.
 
-    float32: sums of at most 16 rows, in another order, for 8 or 10 steps of at most 0.01: 8 · 0.01 · 16 · 2⁻²⁴ is
-    under 1e-7; Adam and its kin divide by the root of a sum of squares, which may cancel: 1e-6. A loss of about 1
-    moves with 100 weights: 1e-5. Half precision: the parts of a gradient are rounded one by one, as is every value
-    of the forward pass; so twice as far as the oracle lies from float32.
+    float32: sums of at most 16 rows, in another order, for 8 or 10 steps of at most 0.01: 8 · 0.01 · 16 ·
+    2⁻²⁴ is under 1e-7; Adam and its kin divide by the root of a sum of squares, which may cancel: 1e-6. A
+    loss of about 1 moves with 100 weights: 1e-5. Half precision: the parts of a gradient are rounded one by
+    one, as is every value of the forward pass; so twice as far as the oracle lies from float32.
     """
     limits = {"weight": 1e-6, "history": 1e-5, "evaluated": 1e-5, "steps": 0}
     if cell["precision"] != "float32":

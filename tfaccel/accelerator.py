@@ -15,7 +15,12 @@ from tfaccel.keras_fixes.compile_checks import is_distributed
 from tfaccel.keras_fixes.replica_step import is_replicated
 from tfaccel.prepare.choice import Choice
 from tfaccel.prepare.devices import Devices
-from tfaccel.prepare.execution import choose_jit, choose_kernels, choose_steps_per_execution
+from tfaccel.prepare.execution import (
+    choose_batch_norm,
+    choose_jit,
+    choose_kernels,
+    choose_steps_per_execution,
+)
 from tfaccel.prepare.inputs import make_dataset
 from tfaccel.prepare.precision import choose_precision
 from tfaccel.prepare.strategy import choose_strategy
@@ -40,6 +45,9 @@ class Accelerator:
             says after `fit` which were. `"plain"` is Keras's own step, bit for bit. Default `"auto"`.
         steps_per_execution: `"auto"`, or how many steps one call into TensorFlow runs. Batch hooks of
             callbacks fire once per call. Default `"auto"`.
+        batch_norm: `"auto"`, `"synchronized"` or `"local"`: whether `BatchNormalization` takes its
+            statistics over the samples of all replicas, as one device would, or each replica over its own,
+            as Keras has it. Default `"auto"`, which synchronizes.
 
     Raises:
         ValueError: Unknown name, or a choice that this machine can't carry out.
@@ -64,6 +72,7 @@ class Accelerator:
         kernels: str = "auto",
         *,
         steps_per_execution: str | int = "auto",
+        batch_norm: str = "auto",
     ):
         if keras.backend.backend() != "tensorflow":
             raise ValueError(
@@ -77,6 +86,7 @@ class Accelerator:
         self._kernels = choose_kernels(kernels, self.devices, self.strategy)
         self._jit = choose_jit(jit, self.devices, self.strategy)
         self._steps = choose_steps_per_execution(steps_per_execution, kernels, self.strategy)
+        self._batch_norm = choose_batch_norm(batch_norm, self.strategy)
         self._kernels_used: dict[str, str] = {}
 
     @property
@@ -112,6 +122,7 @@ class Accelerator:
                     fused=fused,
                     xla=self._jit.value if self._jit.by_user else None,
                     growing_calls=not self._steps.by_user,
+                    synchronize=self._batch_norm.value == "synchronized",
                 )
                 stack.enter_context(accelerate_at_compile(settings, self._kernels_used))
             yield self
@@ -155,6 +166,7 @@ class Accelerator:
             "jit": self._jit,
             "kernels": self._kernels,
             "steps_per_execution": self._steps,
+            "batch_norm": self._batch_norm,
         }
 
     def show(self, name: str) -> str:

@@ -1,8 +1,6 @@
 """Each fix does its work and comes off; each canary fails on the day upstream heals."""
 
 import contextlib
-import subprocess
-import sys
 import warnings
 
 import keras
@@ -107,41 +105,6 @@ def test_canary_branching_optimizers_fail_under_a_strategy(helpers, small, optio
         model = helpers.compile(helpers.build(), keras.optimizers.Adam(**options))
     with pytest.raises(RuntimeError, match="merge_call"):
         model.fit(*small, batch_size=24, verbose=0)
-
-
-MIRRORED_STEPS = """
-import numpy as np, keras, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse", steps_per_execution=2)
-try:
-    model.fit(np.ones((8, 3)), np.ones((8, 1)), batch_size=2, verbose=0)
-    print("healed")
-except tf.errors.InvalidArgumentError:
-    print("fails")
-"""
-
-
-@pytest.mark.slow
-def test_canary_steps_per_execution_fails_under_a_strategy():
-    """With TensorFlow's default all-reduce; in a process of its own, because it poisons collectives."""
-    answer = subprocess.run([sys.executable, "-c", MIRRORED_STEPS], capture_output=True, text=True)
-    assert answer.stdout.strip() == "fails"
-
-
-def test_several_workers_are_refused_with_the_reason():
-    class Stub(tf.distribute.MultiWorkerMirroredStrategy):
-        """A real one waits for its peers; the type and the count decide."""
-
-        num_replicas_in_sync = 2
-
-        def __init__(self):
-            pass
-
-    with pytest.raises(ValueError, match=r"keras#20585.*TF_CONFIG"):
-        compile_checks.check_strategy(Stub())
 
 
 def test_compile_checks_are_gone_after_the_block(helpers):

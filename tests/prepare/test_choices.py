@@ -11,7 +11,12 @@ import tensorflow as tf
 from tfaccel.keras_fixes.compile_checks import is_distributed
 from tfaccel.prepare import strategy as strategy_module
 from tfaccel.prepare.devices import Devices
-from tfaccel.prepare.execution import choose_jit, choose_kernels, choose_steps_per_execution
+from tfaccel.prepare.execution import (
+    choose_batch_norm,
+    choose_jit,
+    choose_kernels,
+    choose_steps_per_execution,
+)
 from tfaccel.prepare.precision import choose_precision
 from tfaccel.prepare.strategy import (
     choose_strategy,
@@ -173,14 +178,19 @@ def mirrored():
     return choose_strategy("mirrored", CPU).value
 
 
+def central_storage():
+    return tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"])
+
+
 def test_jit_choices():
     one = default_strategy()
     assert choose_jit("auto", CPU, one).value is False
     assert choose_jit("auto", gpu(1, (8, 0)), one).value == "auto"
     assert choose_jit("auto", gpu(2, (8, 0)), mirrored()).value is False
     assert choose_jit(True, CPU, one).value is True
-    with pytest.raises(ValueError, match=r"jit=True.*2 replicas"):
-        choose_jit(True, CPU, mirrored())
+    assert choose_jit(True, CPU, mirrored()).value is True
+    with pytest.raises(ValueError, match=r"jit=True.*CentralStorageStrategy"):
+        choose_jit(True, CPU, central_storage())
     with pytest.raises(ValueError, match="jit='yes'"):
         choose_jit("yes", CPU, one)
 
@@ -189,13 +199,15 @@ def test_steps_per_execution_choices():
     one = default_strategy()
     assert choose_steps_per_execution("auto", "auto", one).value > 1
     assert choose_steps_per_execution("auto", "plain", one).value == 1
-    assert choose_steps_per_execution("auto", "auto", mirrored()).value == 1
+    assert choose_steps_per_execution("auto", "auto", mirrored()).value > 1
+    assert choose_steps_per_execution("auto", "auto", central_storage()).value == 1
+    assert choose_steps_per_execution(2, "auto", mirrored()).value == 2
     assert choose_steps_per_execution(7, "auto", one).value == 7
     for bad in (0, -1, 1.5, True, "many"):
         with pytest.raises(ValueError, match="steps_per_execution"):
             choose_steps_per_execution(bad, "auto", one)
-    with pytest.raises(ValueError, match="2 replicas"):
-        choose_steps_per_execution(2, "auto", mirrored())
+    with pytest.raises(ValueError, match="CentralStorageStrategy"):
+        choose_steps_per_execution(2, "auto", central_storage())
 
 
 @pytest.mark.parametrize(
@@ -216,9 +228,19 @@ def test_kernels_follow_the_device(requested, devices, value):
 
 
 def test_kernels_under_several_replicas():
-    mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    assert choose_kernels("auto", CPU, mirrored).value == "plain"
+    assert choose_kernels("auto", CPU, mirrored()).value == "fused"
+    assert choose_kernels("auto", gpu(2, (8, 0)), mirrored()).value == "plain"
+    assert choose_kernels("auto", CPU, central_storage()).value == "plain"
     with pytest.raises(ValueError, match="kernels='fused' is not usable"):
-        choose_kernels("fused", CPU, mirrored)
+        choose_kernels("fused", CPU, central_storage())
     with pytest.raises(ValueError, match="kernels='fast' is not usable"):
         choose_kernels("fast", CPU, tf.distribute.get_strategy())
+
+
+def test_batch_norm_choices():
+    one = default_strategy()
+    assert choose_batch_norm("auto", one).value == "local"
+    assert choose_batch_norm("auto", mirrored()).value == "synchronized"
+    assert choose_batch_norm("local", mirrored()).value == "local"
+    with pytest.raises(ValueError, match="batch_norm='global' is not usable"):
+        choose_batch_norm("global", one)

@@ -128,6 +128,4 @@ def running_loop() -> dict[str, Any]:
 
 def is_stream(epoch_iterator: Any) -> bool:
     """Whether it hands out batches of a `tf.data` pipeline, distributed over replicas or not."""
-    return isinstance(
-        epoch_iterator._distributed_dataset, tf.data.Dataset | tf.distribute.DistributedDataset
-    )
+    return isinstance(epoch_iterator._distributed_dataset, tf.data.Dataset | tf.distribute.DistributedDataset)

@@ -27,8 +27,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import record
 
-from tfaccel.keras_fixes.patch import Patch
 from tfaccel.fast_kernels.recurrent_programs import Gru, Lstm
+from tfaccel.keras_fixes.patch import Patch
 
 SAMPLES_A_PART = 8  # at least
 

@@ -33,10 +33,11 @@ from tfaccel.keras_fixes.compile_checks import around_compile
 from tfaccel.keras_fixes.control_flow_captures import captured_outside
 from tfaccel.keras_fixes.first_batch import build_from_specification
 from tfaccel.keras_fixes.input_clock import CLOCK_ATTRIBUTE
-from tfaccel.keras_fixes.python_batches import own_memory
+from tfaccel.keras_fixes.iterator_stall import untuned_iterator
 from tfaccel.keras_fixes.replica_step import (
     ReplicatedStep,
     batches_function,
+    distribute_anew,
     eager_function,
     is_multi_worker,
     is_replicated,
@@ -199,8 +200,8 @@ class Kernels:
             present = None  # made below, in a fit that was debugged
         if self._is_plain(model):
             if self.replicated and model.optimizer is self._optimizer:
-                step = self._replicated_step(kind, Way.PLAIN)
-                setattr(model, name, eager_function(step.on_batch, model.steps_per_execution))
+                step = self._replicated_step(kind).on_batch
+                setattr(model, name, eager_function(step, model.steps_per_execution))
             else:
                 anew = force or present is None or isinstance(present, FastFunction)
                 getattr(type(model), f"make_{name}")(model, anew)
@@ -209,16 +210,20 @@ class Kernels:
         if present is None or force:
             if self._settings.fused:
                 self._proofs.prove(model._flatten_layers())
-            step = functools.partial(self._replicated_step if self.replicated else self._fused_step, kind)
-            report = functools.partial(self._report.__setitem__, "xla")
-            make = functools.partial(batches_function, model) if self.replicated else model._make_function
-            keras_function = make(step(Way.PLAIN).on_batch)
-            ways = self._ways(model, kind)
-            around = captured_outside if self.replicated else contextlib.nullcontext
-            setattr(model, name, FastFunction(keras_function, step, self._state, ways, report, around))
+            setattr(model, name, self._function(model, kind))
         # A function that the user put there is theirs, as Keras has it.
         if isinstance(getattr(model, name), FastFunction):
             self._bind(model, getattr(model, name), kind)
+
+    def _function(self, model: keras.Model, kind: str) -> FastFunction:
+        ways, report = self._ways(model, kind), functools.partial(self._report.__setitem__, "xla")
+        if not self.replicated:
+            step_of = functools.partial(self._fused_step, kind)
+            plain = model._make_function(step_of(Way.PLAIN).on_batch)
+            return FastFunction(plain, step_of, self._state, ways, report)
+        step = self._replicated_step(kind)
+        plain = batches_function(model, step.on_batch)
+        return FastFunction(plain, lambda way: step, self._state, ways, report, captured_outside)
 
     def _ways(self, model: keras.Model, kind: str) -> list[Way]:
         """How the loop may be compiled: the first one to begin with, the others to be tried."""
@@ -243,8 +248,8 @@ class Kernels:
             if kind == "train" and not self.replicated:
                 _build_state(model, epoch_iterator._distributed_dataset.element_spec)
             epoch_iterator.resident_data = self._resident_data(epoch_iterator, loop)
-            if self.replicated:
-                own_memory(epoch_iterator)
+            if self.replicated and not isinstance(epoch_iterator.resident_data, ResidentBatches):
+                distribute_anew(epoch_iterator)
             setattr(epoch_iterator, CLOCK_ATTRIBUTE, LoopClock())
         function.clock = getattr(epoch_iterator, CLOCK_ATTRIBUTE)
         data = epoch_iterator.resident_data
@@ -252,7 +257,8 @@ class Kernels:
         if resident_now:
             count_exactly(epoch_iterator, lambda: Pass(data, self._order(model, data)), function)
         else:
-            count_exactly(epoch_iterator, lambda: iter(epoch_iterator._distributed_dataset), function)
+            begin = untuned_iterator if self.replicated else iter
+            count_exactly(epoch_iterator, lambda: begin(epoch_iterator._distributed_dataset), function)
         if kind == "train":
             where = "resident in memory" if resident_now else f"streamed: {data}"
             self._report["loop"] = f"compiled, data {where}"
@@ -305,7 +311,7 @@ class Kernels:
 
         return OneDeviceStep(model._autoconvert_optionals(fused_step))
 
-    def _replicated_step(self, kind: str, way: Way) -> Step:
+    def _replicated_step(self, kind: str) -> ReplicatedStep:
         """The step on every replica, traced with fused kernels."""
         model = self._trained_model()
         step = model._autoconvert_optionals(getattr(model, f"{kind}_step"))
@@ -313,7 +319,7 @@ class Kernels:
         xla = model.jit_compile and not self._is_debugged(model)
 
         def fused_step(data: Any) -> Any:
-            with self._proofs.tracing(way):
+            with self._proofs.tracing(Way.PLAIN):
                 return step(data)
 
         return ReplicatedStep(

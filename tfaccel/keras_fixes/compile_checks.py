@@ -103,9 +103,18 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer | None, strategy: tf.d
     (keras-team/keras#20582).
 
     Raises:
-        ValueError: Gradient accumulation or a regular EMA overwrite under tf.distribute.
+        ValueError: An optimizer of another scope; or gradient accumulation or a regular EMA overwrite, where
+            `replica_update` does not act.
     """
     inner = getattr(optimizer, "inner_optimizer", optimizer)
+    own = getattr(inner, "_distribution_strategy", strategy)
+    if is_distributed(strategy) and own is not strategy:
+        raise ValueError(
+            f"{type(inner).__name__} was made outside of this scope: it belongs to "
+            f"{type(own).__name__ if is_distributed(own) else 'no strategy'}, the scope to "
+            f"{type(strategy).__name__}. Allowed: one scope for both. Make the optimizer inside "
+            "`with accelerator.scope():`."
+        )
     if inner is None or not is_distributed(strategy) or is_replicated(strategy):
         return
     for option in ("gradient_accumulation_steps", "ema_overwrite_frequency"):

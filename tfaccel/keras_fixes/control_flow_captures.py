@@ -1,9 +1,9 @@
 """`steps_per_execution` fails under `tf.distribute`: a collective's key is lost inside of control flow.
 
-TensorFlow gives every run of a collective a new key, which a traced function takes in when it is called. A function
-that is called by another hands that duty on to the graph that it is called in. Where this is a branch inside of a
-loop, the placeholder is made in the branch, which nobody feeds: "You must feed a value for placeholder tensor
-'while/cond/Placeholder'" (keras-team/keras#19246). `MirroredStrategy` on CPUs and
+TensorFlow gives every run of a collective a new key, which a traced function takes in when it is called. A
+function that is called by another hands that duty on to the graph that it is called in. Where this is a
+branch inside of a loop, the placeholder is made in the branch, which nobody feeds: "You must feed a value
+for placeholder tensor 'while/cond/Placeholder'" (keras-team/keras#19246). `MirroredStrategy` on CPUs and
 `MultiWorkerMirroredStrategy` everywhere use collectives.
 
 Smallest reproduction (TensorFlow 2.21):
@@ -18,8 +18,8 @@ Smallest reproduction (TensorFlow 2.21):
 
     outer(tf.constant(1))    # InvalidArgumentError: You must feed a value for placeholder tensor
 
-The fix: the placeholder is made in the function around the control flow; loop and branch capture it from there as
-they capture any other tensor.
+The fix: the placeholder is made in the function around the control flow; loop and branch capture it from
+there as they capture any other tensor.
 """
 
 from __future__ import annotations

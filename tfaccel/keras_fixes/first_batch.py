@@ -1,9 +1,9 @@
 """Under `tf.distribute` Keras builds a model from its first batch: it loses that batch, or fails on it.
 
-`fit` and `evaluate` draw a batch and average it over the replicas, to learn its shape. A batch that does not divide
-evenly can't be averaged (keras-team/keras#19246); under `MultiWorkerMirroredStrategy` none can
-(keras-team/keras#20585); and a Python generator has then handed over a batch, and its prefetching another, that
-nobody trains on: of 64 samples in 4 batches 32 are seen.
+`fit` and `evaluate` draw a batch and average it over the replicas, to learn its shape. A batch that does
+not divide evenly can't be averaged (keras-team/keras#19246); under `MultiWorkerMirroredStrategy` none can
+(keras-team/keras#20585); and a Python generator has then handed over a batch, and its prefetching another,
+that nobody trains on: of 64 samples in 4 batches 32 are seen.
 
 Smallest reproduction (Keras 3.15.1, two CPUs):
 
@@ -41,7 +41,7 @@ def build_from_specification(model: keras.Model, epoch_iterator: Any = None, dat
 
 
 def _shaped(spec: Any) -> Any:
-    """The shape of one replica's part, without the number of its rows; None for what a batch may leave out."""
+    """The shape of one replica's part, its number of rows left open; None for what a batch may leave out."""
     spec = getattr(spec, "_value_specs", [spec])[0]
     if not isinstance(spec, tf.TensorSpec):
         return None

@@ -13,12 +13,12 @@ class Patch:
 
     Args:
         owner: A class or module.
-        name: Its attribute, a function.
+        name: Its attribute, a function or a property.
         wrap: From `(original, setting)` to the replacement; `setting()` is what the present thread asked
             for, or None.
     """
 
-    def __init__(self, owner: Any, name: str, wrap: Callable[[Callable, Callable[[], Any]], Callable]):
+    def __init__(self, owner: Any, name: str, wrap: Callable[[Any, Callable[[], Any]], Any]):
         self._owner = owner
         self._name = name
         self._wrap = wrap

@@ -1,9 +1,9 @@
 """Under `MirroredStrategy` TensorFlow writes into the user's own labels.
 
-Data that come from Python (a `PyDataset`, a generator, `tf.data.Dataset.from_generator`) reach TensorFlow without a
-copy where numpy's memory is aligned to 64 bytes. The split into replicas keeps the alias, and an operation that
-may overwrite its input (`y_true - y_pred`) overwrites the user's array: 32 of 64 rows of labels after 3 epochs,
-now and then, silently.
+Data that come from Python (a `PyDataset`, a generator, `tf.data.Dataset.from_generator`) reach TensorFlow
+without a copy where numpy's memory is aligned to 64 bytes. The split into replicas keeps the alias, and an
+operation that may overwrite its input (`y_true - y_pred`) overwrites the user's array: 32 of 64 rows of
+labels after 3 epochs, now and then, silently.
 
 Smallest reproduction (TensorFlow 2.21, two CPUs; `y` begins at a multiple of 64 bytes):
 
@@ -35,18 +35,10 @@ def calls_python(dataset: tf.data.Dataset) -> bool:
     return any(calls_python(each) for each in dataset._inputs())
 
 
-def own_memory(epoch_iterator: Any) -> None:
-    """Copies the batches of a Keras epoch iterator that come from Python, before they are split."""
-    iterator = epoch_iterator
-    dataset = iterator.data_adapter.get_tf_dataset()
-    if isinstance(dataset, tf.data.Dataset) and calls_python(dataset):
-        iterator._distributed_dataset = iterator._distribute_strategy.experimental_distribute_dataset(
-            copied(dataset)
-        )
-
-
-def copied(dataset: Any) -> Any:
-    """The same data set, of whose batches nobody else has the memory."""
+def copied(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The same data set with batches in memory of their own; as it is where it does not call Python."""
+    if not calls_python(dataset):
+        return dataset
 
     def copy(*batch: Any) -> Any:
         tensors = tf.nest.map_structure(

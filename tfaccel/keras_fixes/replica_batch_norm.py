@@ -1,14 +1,14 @@
 """Under `tf.distribute` each replica normalizes by its own samples, and keeps moving statistics of its own.
 
-`BatchNormalization` under a strategy gives other weights than on one device (5e-2 off), its moving statistics
-differ from replica to replica, and `get_weights` and `save` keep those of the first. `synchronized=True` heals
-that for a layer that the user built with it; but it computes the variance as E(x²) − E(x)², which loses digits
-where the mean is large, and where a mask is given it is ignored.
+`BatchNormalization` under a strategy gives other weights than on one device (5e-2 off), its moving
+statistics differ from replica to replica, and `get_weights` and `save` keep those of the first.
+`synchronized=True` heals that for a layer that the user built with it; but it computes the variance as
+E(x²) − E(x)², which loses digits where the mean is large, and where a mask is given it is ignored.
 
 Smallest reproduction (Keras 3.15.1, two CPUs):
 
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-        model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
+        model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
         model.compile("sgd", "mse")
     model.fit(x, y)
     model.layers[0].moving_mean.value.values                 # two different arrays

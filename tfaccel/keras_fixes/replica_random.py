@@ -1,8 +1,8 @@
 """Under `tf.distribute` every replica draws the same random numbers: samples share their dropout masks.
 
-The state of a `SeedGenerator` is mirrored, so all replicas draw from one seed. With 8 replicas each mask serves 8
-samples of the batch: less noise than the same layer gives on one device, and another training. The same holds
-for `GaussianNoise` and for the layers that augment images.
+The state of a `SeedGenerator` is mirrored, so all replicas draw from one seed. With 8 replicas each mask
+serves 8 samples of the batch: less noise than the same layer gives on one device, and another training. The
+same holds for `GaussianNoise` and for the layers that augment images.
 
 Smallest reproduction (Keras 3.15.1, two CPUs): the two masks are equal.
 
@@ -10,10 +10,11 @@ Smallest reproduction (Keras 3.15.1, two CPUs): the two masks are equal.
         layer = keras.layers.Dropout(0.5)
     strategy.run(lambda: layer(tf.ones([1, 8]), training=True)).values
 
-The fix: a replica draws the rows of the numbers that one device would draw for the whole batch. TensorFlow's
-generator (Philox) is a function of a key and a counter, four 32-bit words for each value of the counter; so the
-rows of a share begin at a counter that can be computed, and nothing is drawn that is not used. Numbers whose
-first axis is a multiple of the share's rows are taken for a batch; others stay equal on all replicas.
+The fix: a replica draws the rows of the numbers that one device would draw for the whole batch.
+TensorFlow's generator (Philox) is a function of a key and a counter, four 32-bit words for each value of
+the counter; so the rows of a share begin at a counter that can be computed, and nothing is drawn that is
+not used. Numbers whose first axis is a multiple of the share's rows are taken for a batch; others stay
+equal on all replicas.
 
 Reference: Salmon et al. (2011), "Parallel Random Numbers: As Easy as 1, 2, 3",
 https://doi.org/10.1145/2063384.2063405.

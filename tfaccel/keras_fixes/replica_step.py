@@ -1,13 +1,14 @@
-"""A step over several replicas that computes what one device would, put together from the fixes of this folder.
+"""A step over several replicas that computes what one device would: the fixes of this folder put together.
 
-Keras runs its step on every replica as if it were alone, and `MultiWorkerMirroredStrategy` fails when the logs are
-put together: "Invalid reduction dimension 0" (keras-team/keras#20585).
+Keras runs its step on every replica as if it were alone, and `MultiWorkerMirroredStrategy` fails when the
+logs are put together: "Invalid reduction dimension 0" (keras-team/keras#20585).
 
 Smallest reproduction (Keras 3.15.1): `fit` in two processes with `TF_CONFIG`.
 
-The fix: each replica gets a share of the global batch and knows which (`sample_share`); the gradients are summed
-before anything else is done with them (`replica_update`). The logs are those of this process's replicas; what
-`fit` reports at the end of an epoch comes from the metrics' variables, which TensorFlow sums over all.
+The fix: each replica gets a share of the global batch and knows which (`sample_share`); the gradients are
+summed before anything else is done with them (`replica_update`). The logs are those of this process's
+replicas; what `fit` reports at the end of an epoch comes from the metrics' variables, which TensorFlow sums
+over all.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import tensorflow as tf
 
 from tfaccel.keras_fixes.control_flow_captures import captured_outside
 from tfaccel.keras_fixes.input_clock import count_examples
+from tfaccel.keras_fixes.iterator_stall import untuned
+from tfaccel.keras_fixes.python_batches import copied
 from tfaccel.keras_fixes.replica_batch_norm import synchronized
 from tfaccel.keras_fixes.replica_random import drawing_rows
-from tfaccel.keras_fixes.replica_update import Apply, applying, apply_sums
+from tfaccel.keras_fixes.replica_update import Apply, apply_sums, applying
 from tfaccel.keras_fixes.sample_share import Share, check_weighed, weighing_samples
 
 Step = Callable[[Any], Any]
@@ -153,7 +156,7 @@ def _rows_of(data: Any, rows: tf.Tensor) -> Any:
 
 
 def is_replicated(strategy: tf.distribute.Strategy) -> bool:
-    """Whether each replica has variables of its own that it can update by itself: what `ReplicatedStep` heals."""
+    """Whether each replica has variables that it can update by itself: what `ReplicatedStep` heals."""
     return isinstance(
         strategy,
         tf.distribute.OneDeviceStrategy
@@ -224,3 +227,13 @@ def same_order(strategy: tf.distribute.Strategy, order: tf.Tensor) -> tf.Tensor:
         return strategy.experimental_local_results(strategy.run(on_replica, (order,)))[0]
 
     return run(order)
+
+
+def distribute_anew(epoch_iterator: Any) -> None:
+    """Heals the pipeline of a `fit` or `evaluate` under a strategy, before it is split among the replicas."""
+    iterator = epoch_iterator
+    dataset = iterator.data_adapter.get_tf_dataset()
+    if isinstance(dataset, tf.data.Dataset):
+        iterator._distributed_dataset = iterator._distribute_strategy.experimental_distribute_dataset(
+            untuned(copied(dataset))
+        )

@@ -1,10 +1,10 @@
 """Under `tf.distribute` Keras's optimizers work on the gradients of one replica, before they are summed.
 
-Clipping clips each replica's part (weights 8e-3 off after a few steps of `clipvalue=0.1`). `LossScaleOptimizer`
-asks the first replica only whether gradients are finite: an overflow in another one turns all weights to NaN,
-and under `MultiWorkerMirroredStrategy` the workers wait for one another for ever. Gradient accumulation and
-`ema_overwrite_frequency` update inside a branch, where the strategy can't be asked: both raise
-(keras-team/keras#17429, keras-team/tf-keras#301).
+Clipping clips each replica's part (weights 8e-3 off after a few steps of `clipvalue=0.1`).
+`LossScaleOptimizer` asks the first replica only whether gradients are finite: an overflow in another one
+turns all weights to NaN, and under `MultiWorkerMirroredStrategy` the workers wait for one another for ever.
+Gradient accumulation and `ema_overwrite_frequency` update inside a branch, where the strategy can't be
+asked: both raise (keras-team/keras#17429, keras-team/tf-keras#301).
 
 Smallest reproduction (Keras 3.15.1, two CPUs):
 

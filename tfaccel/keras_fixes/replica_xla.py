@@ -1,7 +1,8 @@
 """`jit_compile=True` fails under `tf.distribute`: XLA gets a program that spans devices.
 
-Keras compiles the step of all replicas as one: "Trying to access resource ... located in device CPU:1 from device
-CPU:0" (keras-team/keras#17187, #21366). Under `MultiWorkerMirroredStrategy` on CPUs XLA has no collectives.
+Keras compiles the step of all replicas as one: "Trying to access resource ... located in device CPU:1 from
+device CPU:0" (keras-team/keras#17187, #21366). Under `MultiWorkerMirroredStrategy` on CPUs XLA has no
+collectives.
 
 Smallest reproduction (Keras 3.15.1, two CPUs):
 
@@ -10,9 +11,9 @@ Smallest reproduction (Keras 3.15.1, two CPUs):
         model.compile("sgd", "mse", jit_compile=True)
     model.fit(x, y)      # InvalidArgumentError
 
-The fix: XLA gets what one replica does by itself, from the batch to the gradients and the metrics. The optimizer is
-called outside of it, where gradients can be summed. So the step must not look at the weights after its update:
-`train_step` has to be Keras's own.
+The fix: XLA gets what one replica does by itself, from the batch to the gradients and the metrics. The
+optimizer is called outside of it, where gradients can be summed. So the step must not look at the weights
+after its update: `train_step` has to be Keras's own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def compiled_on_replica(
         def to_gradients(data: Any) -> tuple[Any, list[Any]]:
             gradients_of_each: list[list[Any]] = []
 
-            def note(optimizer: Any, apply: Apply, gradients: list[Any], variables: Any) -> None:
+            def note(optimizer: Any, _: Apply, gradients: list[Any], variables: Any) -> None:
                 applied.append((optimizer, variables))
                 gradients_of_each.append(gradients)
 
@@ -68,7 +69,7 @@ def check_train_step(model: keras.Model) -> None:
     """
     if type(model).train_step is not keras.Model.train_step:
         raise ValueError(
-            f"jit_compile=True with a strategy needs Keras's own train_step; {type(model).__name__} has one of "
-            "its own, which XLA would have to compile across devices. Allowed: jit=False. Pass jit=False to "
-            "Accelerator and jit_compile=False to compile, or override compute_loss in place of train_step."
+            f"jit_compile=True with a strategy needs Keras's own train_step; {type(model).__name__} has "
+            "one of its own, which XLA would have to compile across devices. Allowed: jit=False. Pass "
+            "jit=False to Accelerator and jit_compile=False to compile, or override compute_loss instead."
         )

@@ -1,8 +1,9 @@
 """Under `tf.distribute` Keras weighs replicas, not samples: an uneven batch gives another gradient.
 
-Each replica's loss is its own mean over the number of replicas. Where the last batch of an epoch does not divide
-evenly, samples of the smaller share count more (weights 2e-3 off after one epoch of 61 samples in batches of
-16); where a loss is masked, or divided by the sum of the sample weights, each replica divides by its own sum.
+Each replica's loss is its own mean over the number of replicas. Where the last batch of an epoch does not
+divide evenly, samples of the smaller share count more (weights 2e-3 off after one epoch of 61 samples in
+batches of 16); where a loss is masked, or divided by the sum of the sample weights, each replica divides by
+its own sum.
 
 Smallest reproduction (Keras 3.15.1, two CPUs): fit 3 samples in one batch, against one device:
 
@@ -11,8 +12,8 @@ Smallest reproduction (Keras 3.15.1, two CPUs): fit 3 samples in one batch, agai
         model.compile("sgd", "mse")
     model.fit(x[:4], y[:4], batch_size=3, shuffle=False)     # the last batch: 1 sample and none
 
-The fix: a replica's share of the loss is its rows over the rows of the whole batch, and what a loss is divided by
-is summed over the replicas. With even shares the factor is the same float as Keras's.
+The fix: a replica's share of the loss is its rows over the rows of the whole batch, and what a loss is
+divided by is summed over the replicas. With even shares the factor is the same float as Keras's.
 """
 
 from __future__ import annotations
@@ -108,9 +109,7 @@ def _apply_mask(original: Callable, setting: Callable[[], Share | None]) -> Call
 
 
 def _reduce(original: Callable, setting: Callable[[], Share | None]) -> Callable:
-    def reduce_values(
-        values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size"
-    ) -> Any:
+    def reduce_values(values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size") -> Any:
         loss, share = original(values, sample_weight, reduction), setting()
         if share is None:
             return loss
@@ -134,7 +133,7 @@ def _note_loss(original: Callable, setting: Callable[[], Share | None]) -> Calla
     return compute_loss
 
 
-def _replicas(original: property, setting: Callable[[], Share | None]) -> property:
+def _replicas(original: Any, setting: Callable[[], Share | None]) -> property:
     def num_replicas_in_sync(self: Any) -> int:
         share = setting()
         if share is not None:

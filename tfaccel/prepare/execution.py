@@ -11,6 +11,7 @@ from tfaccel.prepare.devices import Devices
 
 KERNELS = ("auto", "plain", "fused")
 STEPS_PER_EXECUTION = 16
+BATCH_NORM = ("auto", "synchronized", "local")
 
 
 def choose_jit(requested: str | bool, devices: Devices, strategy: tf.distribute.Strategy) -> Choice:
@@ -97,3 +98,20 @@ def choose_kernels(requested: str, devices: Devices, strategy: tf.distribute.Str
         return Choice("plain", 'the fused step was measured on CPUs only; kernels="fused" uses it here')
     reason = "fewer operations a step; each kernel is used once it agreed with Keras's own"
     return Choice("fused", reason)
+
+
+def choose_batch_norm(requested: str, strategy: tf.distribute.Strategy) -> Choice:
+    """Turns the `batch_norm` argument of `Accelerator` into "synchronized" or "local".
+
+    Raises:
+        ValueError: Not "auto", "synchronized" or "local".
+    """
+    if requested not in BATCH_NORM:
+        raise refuse(
+            "batch_norm", requested, ", ".join(map(repr, BATCH_NORM)), "Leave it out to have it chosen."
+        )
+    if requested != "auto":
+        return Choice(requested, "you asked for it", by_user=True)
+    if strategy.num_replicas_in_sync == 1 or not is_replicated(strategy):
+        return Choice("local", "there are no other replicas to take statistics from")
+    return Choice("synchronized", "as one device: two small sums over the replicas in each layer and step")
