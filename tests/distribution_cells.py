@@ -215,6 +215,23 @@ def fit(accelerator, model, cell, x, y, size):
         model.fit(forever, steps_per_epoch=len(batches), **options)
 
 
+def seen(strategy, kernels):
+    """The mean of the targets that each epoch saw, from arrays shuffled with another seed in each process."""
+    x, y = samples()
+    accelerator = tfaccel.Accelerator(strategy, "float32", kernels=kernels)
+    with accelerator.scope():
+        model = build({"layers": "dense"})
+        model.compile("sgd", "mse", metrics=[mean_target], **accelerator.compile_options())
+    keras.utils.set_random_seed(os.getpid())
+    model.fit(x, y, batch_size=16, epochs=3, verbose=0)
+    return np.array(model.history.history["mean_target"] + [np.mean(y)])
+
+
+def mean_target(y_true, y_pred):
+    """A metric: the mean over the samples says which of them were seen."""
+    return y_true + 0 * y_pred
+
+
 def mirrored(replicas):
     """Of logical CPUs; TensorFlow must have been told to have that many."""
     return tf.distribute.MirroredStrategy(
@@ -234,6 +251,8 @@ def main(kind, path):
         if cell["strategy"] == kind:
             print("cell", number, cell, flush=True)
             results |= {f"{number}/{name}": value for name, value in run(made, cell).items()}
+    for kernels in AXES["kernels"]:
+        results[f"-1/{kernels}"] = seen(made, kernels)
     np.savez(path, **results)
 
 
