@@ -9,9 +9,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfaccel.fast_kernels.kernels import Settings, accelerate_at_compile
+from tfaccel.fast_kernels.kernels import Settings, accelerate, accelerate_at_compile, release
 from tfaccel.keras_fixes import compile_checks
 from tfaccel.keras_fixes.compile_checks import is_distributed
+from tfaccel.keras_fixes.moved_model import rebuilt
 from tfaccel.keras_fixes.replica_step import is_replicated
 from tfaccel.prepare.choice import Choice
 from tfaccel.prepare.devices import Devices
@@ -116,16 +117,86 @@ class Accelerator:
                 stack.enter_context(self.strategy.scope())
             keras.config.set_dtype_policy(self.precision)
             stack.enter_context(compile_checks.refuse_at_compile(self.strategy, self.precision))
-            fused = self._kernels.value == "fused"
-            if fused or is_replicated(self.strategy):
-                settings = Settings(
-                    fused=fused,
-                    xla=self._jit.value if self._jit.by_user else None,
-                    growing_calls=not self._steps.by_user,
-                    synchronize=self._batch_norm.value == "synchronized",
-                )
+            settings = self._settings()
+            if settings is not None:
                 stack.enter_context(accelerate_at_compile(settings, self._kernels_used))
             yield self
+
+    def _settings(self) -> Settings | None:
+        """What is put on a model at `compile`; None where it stays plain Keras."""
+        fused = self._kernels.value == "fused"
+        if not fused and not is_replicated(self.strategy):
+            return None
+        return Settings(
+            fused=fused,
+            xla=self._jit.value if self._jit.by_user else None,
+            growing_calls=not self._steps.by_user,
+            synchronize=self._batch_norm.value == "synchronized",
+        )
+
+    def adopt(self, model: keras.Model) -> keras.Model:
+        """Takes a model that was built, compiled and trained outside into the scope, exactly.
+
+        It goes on where it was: weights, moving statistics, random seeds, the optimizer's slots and steps,
+        and what it was compiled with. On one device the model itself gets the kernels; under a strategy
+        another one, equal to it, is built in the scope. It keeps its precision.
+
+        Args:
+            model: Built.
+
+        Returns:
+            The model to train with.
+
+        Raises:
+            ValueError: It is not built, can't be made from its configuration, or has another precision than
+                this accelerator.
+
+        Example:
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            >>> model.compile("adam", "mse")
+            >>> history = model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)
+            >>> model = Accelerator("one_device", "float32").adopt(model)
+            >>> history = model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)
+        """
+        with self.scope():
+            if is_distributed(self.strategy):
+                return rebuilt(model)
+            compile_checks.check_built_inside(model, self.strategy, self.precision)
+            settings = self._settings()
+            if settings is not None and model.compiled:
+                accelerate(model, settings, self._kernels_used)
+            return model
+
+    def release(self, model: keras.Model) -> keras.Model:
+        """Brings a plain Keras model back out of the scope, exactly.
+
+        Args:
+            model: Built or adopted in the scope.
+
+        Returns:
+            The model itself without the kernels on one device; under a strategy another one, equal to it,
+            whose variables are ordinary ones.
+
+        Raises:
+            ValueError: Called inside of a strategy's scope, or the model can't be made from its
+                configuration.
+
+        Example:
+            >>> accelerator = Accelerator("one_device", "float32")
+            >>> with accelerator.scope():
+            ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            ...     model.compile("adam", "mse")
+            >>> model = accelerator.release(model)
+        """
+        if tf.distribute.has_strategy():
+            raise ValueError(
+                f"{model.name!r} was to be released inside of a scope. Allowed: outside of every strategy's "
+                "scope. Call release after the `with` block."
+            )
+        if is_distributed(self.strategy):
+            return rebuilt(model)
+        release(model)
+        return model
 
     def dataset(
         self,

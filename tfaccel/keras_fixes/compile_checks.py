@@ -77,7 +77,8 @@ def check_built_inside(
         raise ValueError(
             f"{model.name!r} was built outside of this scope: it belongs to "
             f"{type(own).__name__ if own else 'no strategy'}, the scope to {type(strategy).__name__}. "
-            f"Allowed: one scope for building and compiling. {remedy}"
+            f"Allowed: one scope for building and compiling. {remedy} A model that exists already comes in "
+            "by `model = accelerator.adopt(model)`."
         )
     policies = {
         layer.dtype_policy.name for layer in model._flatten_layers(include_self=False) if layer.weights
