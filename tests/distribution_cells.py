@@ -227,6 +227,20 @@ def seen(strategy, kernels):
     return np.array(model.history.history["mean_target"] + [np.mean(y)])
 
 
+def overflow(strategy):
+    """Loss scale, steps and whether weights are finite after a batch that overflows in the second replica."""
+    x, y = samples()
+    y = np.concatenate([y[:15], [[1e38]], y[16:]]).astype("float32")
+    accelerator = tfaccel.Accelerator(strategy, "float32")
+    with accelerator.scope():
+        model = build({"layers": "dense"})
+        optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=1024.0)
+        model.compile(optimizer, "mse", **accelerator.compile_options())
+    model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+    scale, steps = (keras.ops.convert_to_numpy(v) for v in (optimizer.dynamic_scale, optimizer.iterations))
+    return np.array([scale, steps, all(np.isfinite(w).all() for w in model.get_weights())])
+
+
 def mean_target(y_true, y_pred):
     """A metric: the mean over the samples says which of them were seen."""
     return y_true + 0 * y_pred
@@ -253,6 +267,7 @@ def main(kind, path):
             results |= {f"{number}/{name}": value for name, value in run(made, cell).items()}
     for kernels in AXES["kernels"]:
         results[f"-1/{kernels}"] = seen(made, kernels)
+    results["-1/overflow"] = overflow(made)
     np.savez(path, **results)
 
 

@@ -144,6 +144,12 @@ def test_every_epoch_sees_every_sample_once_over_all_workers(elsewhere):
         np.testing.assert_allclose(epochs, whole, atol=1e-5)
 
 
+def test_an_overflow_in_one_worker_skips_the_step_on_all(elsewhere):
+    for kind in ("mirrored4", "multi_worker"):
+        for results in elsewhere[kind]:
+            np.testing.assert_array_equal(results[-1]["overflow"], [512, 3, True])
+
+
 def test_every_pair_was_covered_and_every_cell_ran(request):
     for a in AXES:
         for b in set(AXES) - {a}:

@@ -444,3 +444,35 @@ def test_an_optimizer_of_another_scope_is_refused(strategy, scaled_loss):
     outside = scaled() if scaled_loss else sgd()
     with pytest.raises(ValueError, match=r"SGD was made outside of this scope.*MirroredStrategy"):
         healed(strategy, optimizer=lambda: outside)
+
+
+def two_outputs(activation="gelu"):
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((6,))
+    x = keras.layers.BatchNormalization()(keras.layers.Dense(8, activation=activation)(inputs))
+    model = keras.Model(inputs, {name: keras.layers.Dense(1, name=name)(x) for name in "ab"})
+    optimizer = keras.optimizers.RMSprop(0.01, momentum=0.9)
+    losses = {"a": "mse", "b": "mae"}
+    model.compile(optimizer, losses, loss_weights={"a": 0.5, "b": 2.0}, metrics={"a": ["mae"]})
+    return model
+
+
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_a_fit_inside_of_the_scope_with_two_outputs(strategy, kernels):
+    x, y = data(61)
+    targets = {"a": y, "b": -y}
+    one = fit(two_outputs(), x, targets, epochs=2, validation_split=0.2)
+    accelerator = tfaccel.Accelerator(strategy, "float32", kernels=kernels)
+    with accelerator.scope():
+        two = two_outputs()
+        throughput = tfaccel.Throughput()
+        fit(two, x, targets, epochs=2, validation_split=0.2, callbacks=[throughput])
+        predicted = two.predict(x, batch_size=16, verbose=0)
+    # RMSprop divides by the root of a sum of squares that may cancel: as in the distribution matrix.
+    assert furthest(one, two) < 1e-6
+    for name, values in one.predict(x, batch_size=16, verbose=0).items():
+        np.testing.assert_allclose(predicted[name], values, rtol=0, atol=1e-5)
+    for name, values in one.history.history.items():
+        assert two.history.history[name] == pytest.approx(values, rel=1e-5)
+    if kernels == "auto":
+        assert "one fused op for each weight" in str(accelerator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 from collections.abc import Callable, Container, Iterator, MutableMapping
@@ -115,6 +116,13 @@ class Proofs:
 
     def prove(self, layers: list[keras.layers.Layer]) -> None:
         """Runs the probes that these layers need; not while tracing, since they make variables."""
+        if tf.distribute.has_strategy():  # whose scope the caller is in: a thread of its own is outside
+            with concurrent.futures.ThreadPoolExecutor(1) as outside:
+                outside.submit(self._prove, layers).result()
+        else:
+            self._prove(layers)
+
+    def _prove(self, layers: list[keras.layers.Layer]) -> None:
         if self._update is None and self._optimizer is not None:
             self._update = self._proven_update(self._optimizer)
         for kernel in self._kernels:

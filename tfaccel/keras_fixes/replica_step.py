@@ -95,8 +95,10 @@ class ReplicatedStep:
         return self._run(part, (rows,))
 
     def examples(self, data: Any) -> tf.Tensor:
-        """How many there are in the parts of this process; a scalar int32."""
-        return tf.add_n([count_examples(_part(data, i)) for i in range(self._local_replicas())])
+        """How many there are in a batch, if every process has as many; a scalar int32."""
+        local = self._local_replicas()
+        processes = self._strategy.num_replicas_in_sync // local
+        return processes * tf.add_n([count_examples(_part(data, i)) for i in range(local)])
 
     def _run(self, part: Callable[..., tuple[Any, Share]], arguments: tuple) -> Any:
         replicas = self._strategy.num_replicas_in_sync

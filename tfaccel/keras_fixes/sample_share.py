@@ -22,6 +22,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
 from keras.src.losses import loss as keras_loss
 from keras.src.trainers.trainer import Trainer
@@ -46,6 +47,7 @@ class Share:
         self.can_reduce = can_reduce
         self.weighed = False  # whether a loss was divided among the replicas
         self.parts: list[Any] = []  # what the model's compute_loss gave
+        self.own_losses: list[Any] = []  # of this replica's rows alone, for the metrics
 
     def fraction(self, dtype: Any = tf.float32) -> tf.Tensor:
         """Rows over total; as Keras's 1 / replicas where shares are even."""
@@ -92,9 +94,23 @@ def _scale(original: Callable, setting: Callable[[], Share | None]) -> Callable:
 def _unscale(original: Callable, setting: Callable[[], Share | None]) -> Callable:
     def unscale_loss_for_distribution(value: Any) -> Any:
         share = setting()
-        return original(value) if share is None else tf.math.divide_no_nan(value, share.fraction(value.dtype))
+        if share is None:
+            return original(value)
+        share.own_losses.append(tf.math.divide_no_nan(value, share.fraction(value.dtype)))
+        return share.own_losses[-1]
 
     return unscale_loss_for_distribution
+
+
+def _weigh_own_loss(original: Callable, setting: Callable[[], Share | None]) -> Callable:
+    def update_state(self: Any, values: Any, sample_weight: Any = None) -> None:
+        share = setting()
+        # Keras counts the loss of an output by batches where it does not know their size: once for each.
+        if share is not None and sample_weight is None and any(values is own for own in share.own_losses):
+            sample_weight = share.fraction()
+        original(self, values, sample_weight)
+
+    return update_state
 
 
 def _apply_mask(original: Callable, setting: Callable[[], Share | None]) -> Callable:
@@ -148,6 +164,7 @@ _PATCHES = (
     Patch(keras_loss, "unscale_loss_for_distribution", _unscale),
     Patch(keras_loss, "apply_mask", _apply_mask),
     Patch(keras_loss, "reduce_values", _reduce),
+    Patch(keras.metrics.Mean, "update_state", _weigh_own_loss),
     Patch(Trainer, "compute_loss", _note_loss),
     Patch(tf.distribute.Strategy.__mro__[1], "num_replicas_in_sync", _replicas),
 )
