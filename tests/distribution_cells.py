@@ -84,7 +84,9 @@ class OwnStep(keras.Model):
         gradients = tape.gradient(scaled, self.trainable_variables)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
         for metric in self.metrics:
-            if metric.name != "loss":
+            if metric.name == "loss":
+                metric.update_state(loss)
+            else:
                 metric.update_state(y, y_pred)
         return self.get_metrics_result()
 

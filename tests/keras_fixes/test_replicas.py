@@ -3,6 +3,7 @@
 That each fix gives what one device gives is in `tests/test_distribution_matrix.py`.
 """
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -476,3 +477,115 @@ def test_a_fit_inside_of_the_scope_with_two_outputs(strategy, kernels):
         assert two.history.history[name] == pytest.approx(values, rel=1e-5)
     if kernels == "auto":
         assert "one fused op for each weight" in str(accelerator)
+
+
+class TwoSteps(keras.Model):
+    """Two networks and two optimizers, as a GAN has them; no `call`."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6)])
+        self.critic = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+
+    def compile(self):
+        super().compile()
+        self.optimizers = [keras.optimizers.Adam(0.01), keras.optimizers.Adam(0.02)]
+        self.loss_of = keras.losses.BinaryCrossentropy(from_logits=True)
+        for optimizer, network in zip(self.optimizers, (self.generator, self.critic), strict=True):
+            optimizer.build(network.trainable_variables)
+
+    def train_step(self, x):
+        ones = tf.ones([tf.shape(x)[0], 1])
+        for optimizer, network in zip(self.optimizers, (self.generator, self.critic), strict=True):
+            with tf.GradientTape() as tape:
+                made = self.loss_of(ones, self.critic(self.generator(x)))
+                loss = made if network is self.generator else self.loss_of(ones, self.critic(x)) - made
+            gradients = tape.gradient(loss, network.trainable_variables)
+            optimizer.apply_gradients(zip(gradients, network.trainable_variables, strict=True))
+        return {"generator": made}
+
+
+def test_two_optimizers_in_a_step(strategy):
+    models = []
+    for accelerator in (None, tfaccel.Accelerator(strategy, "float32")):
+        keras.utils.set_random_seed(1)
+        with contextlib.nullcontext() if accelerator is None else accelerator.scope():
+            models.append(TwoSteps())
+            models[-1].compile()
+        models[-1].fit(data(61)[0], batch_size=15, shuffle=False, verbose=0)
+    assert furthest(*models) < 1e-6  # Adam, as in the distribution matrix
+
+
+def mean_absolute(y_true, y_pred):
+    return tf.reduce_mean(tf.abs(y_true - y_pred))
+
+
+@pytest.mark.parametrize("samples", [17, 61])
+@pytest.mark.parametrize("eager", [False, True])
+def test_functions_that_take_the_mean_themselves(strategy, samples, eager):
+    def regularized():
+        first = keras.initializers.GlorotUniform(seed=3)
+        return keras.layers.Dense(4, kernel_regularizer="l2", kernel_initializer=first)
+
+    x, y = data(samples)
+    options = {"loss": mean_absolute, "metrics": [mean_absolute], "run_eagerly": eager}
+    models = [build(regularized(), **options), healed(strategy, regularized, **options)]
+    for model in models:
+        fit(model, x, y)
+    assert furthest(*models) < ROUNDING
+    for name, values in models[0].history.history.items():
+        assert models[1].history.history[name] == pytest.approx(values, rel=1e-5)
+
+
+def test_single_batches_of_an_eager_model(strategy):
+    x, y = data(15)
+    for where in (strategy, tf.distribute.OneDeviceStrategy("CPU:0")):
+        models = [build(run_eagerly=True), healed(where, run_eagerly=True)]
+        logs = [[m.train_on_batch(x, y), m.test_on_batch(x, y)] for m in models]
+        np.testing.assert_allclose(*logs, rtol=1e-6)
+        assert furthest(*models) < ROUNDING
+
+
+def test_an_optimizer_that_is_not_built_is_refused(strategy):
+    class Lazy(TwoSteps):
+        def compile(self):
+            super().compile()
+            self.optimizers = [keras.optimizers.Adam(0.01), keras.optimizers.Adam(0.02)]
+
+    with tfaccel.Accelerator(strategy, "float32").scope():
+        model = Lazy()
+        model.compile()
+    with pytest.raises(ValueError, match=r"has no variables yet.*optimizer\.build"):
+        model.fit(data()[0], batch_size=16, shuffle=False, verbose=0)
+
+
+def test_weights_get_the_same_noise_on_all_replicas():
+    whole = tf.random.stateless_uniform((16, 3), [1, 2])
+    share = Share(tf.constant(4), tf.constant(4), tf.constant(8))
+    with drawing_rows(share):
+        np.testing.assert_array_equal(tf.random.stateless_uniform((16, 3), [1, 2]), whole)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_an_empty_share_of_a_convolution_is_refused(strategy, kernels):
+    accelerator = tfaccel.Accelerator(strategy, "float32", kernels=kernels)
+    with accelerator.scope():
+        layers = [
+            keras.Input((5, 3)),
+            keras.layers.Conv1D(4, 2),
+            keras.layers.Flatten(),
+            keras.layers.Dense(1),
+        ]
+        model = keras.Sequential(layers)
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"last batch has 1 samples for 2 replicas.*batch_size"):
+        model.fit(np.ones((17, 5, 3)), np.ones((17, 1)), batch_size=16, verbose=0)
+
+
+def test_sparse_batches_on_one_device():
+    x, y = data()
+    sparse = tf.data.Dataset.from_tensor_slices((tf.sparse.from_dense(x), y)).batch(16)
+    models = [build(), healed(tf.distribute.OneDeviceStrategy("CPU:0"))]
+    for model in models:
+        model.fit(sparse, shuffle=False, verbose=0)
+    assert furthest(*models) < ROUNDING

@@ -201,7 +201,7 @@ class Kernels:
         if self._is_plain(model):
             if self.replicated and model.optimizer is self._optimizer:
                 step = self._replicated_step(kind).on_batch
-                setattr(model, name, eager_function(step, model.steps_per_execution))
+                setattr(model, name, eager_function(model, step, model.steps_per_execution))
             else:
                 anew = force or present is None or isinstance(present, FastFunction)
                 getattr(type(model), f"make_{name}")(model, anew)
@@ -271,12 +271,13 @@ class Kernels:
         return same_order(model.distribute_strategy, order) if self.replicated else order
 
     def _resident_data(self, epoch_iterator: Any, loop: dict[str, Any]) -> ResidentBatches | str:
-        adapter = epoch_iterator.data_adapter
-        if not self._settings.fused and not is_multi_worker(self._trained_model().distribute_strategy):
+        adapter, workers = epoch_iterator.data_adapter, is_multi_worker(loop["self"].distribute_strategy)
+        if not self._settings.fused and not workers:
             return 'kernels="plain"'
         if isinstance(adapter, ArrayDataAdapter):
             inputs, shuffle = adapter._inputs, adapter._shuffle
-            reason = resident.why_not_arrays(inputs, shuffle)
+            # All workers must decide alike, whatever memory each has.
+            reason = resident.why_not_arrays(inputs, shuffle, limited=not workers)
             if reason:
                 return reason
             # Keras has put a copy into its pipeline, which nobody will read.

@@ -100,12 +100,13 @@ def attach_to(dataset: tf.data.Dataset, tensors: Any, samples: int, batch_size: 
     setattr(dataset, ATTRIBUTE, ResidentBatches(tensors, samples, batch_size, shuffle))
 
 
-def why_not_arrays(inputs: Any, shuffle: object) -> str:
+def why_not_arrays(inputs: Any, shuffle: object, limited: bool = True) -> str:
     """Why arrays that were given to `fit` or `evaluate` themselves stay where they are; empty if they don't.
 
     Args:
         inputs: Nested arrays.
         shuffle: As in `fit`.
+        limited: Whether a copy may take no more than `MEMORY_FRACTION`.
     """
     leaves = [leaf for leaf in keras.tree.flatten(inputs) if leaf is not None]
     if shuffle not in (True, False):
@@ -113,7 +114,7 @@ def why_not_arrays(inputs: Any, shuffle: object) -> str:
     if not all(is_plain_array(leaf) for leaf in leaves):
         return "the data are not all dense numeric arrays"
     size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, np.ndarray))
-    if size <= MEMORY_FRACTION * free_memory_bytes():
+    if not limited or size <= MEMORY_FRACTION * free_memory_bytes():
         return ""
     return (
         f"a copy of the arrays takes {size / 2**30:.1f} GiB, more than {MEMORY_FRACTION:.0%} of the free "

@@ -22,6 +22,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 
 def build_from_specification(model: keras.Model, epoch_iterator: Any = None, data_batch: Any = None) -> None:
@@ -32,20 +33,50 @@ def build_from_specification(model: keras.Model, epoch_iterator: Any = None, dat
         epoch_iterator: Of the running `fit` or `evaluate`; or None.
         data_batch: Arrays, for `train_on_batch` and its like; or None.
     """
+    if type(model).call is keras.Model.call:
+        return  # it has steps only, as a GAN does: its parts are built by their own
     if epoch_iterator is not None:
         data_batch = keras.tree.map_structure(
             _shaped, epoch_iterator._distributed_dataset.element_spec, none_is_leaf=False
         )
     with model.distribute_strategy.scope():
         model._symbolic_build(data_batch=data_batch)
+    adapter = getattr(epoch_iterator, "data_adapter", None)
+    if isinstance(adapter, ArrayDataAdapter):
+        check_no_empty_convolutions(model, adapter._num_samples % adapter._batch_size)
 
 
 def _shaped(spec: Any) -> Any:
     """The shape of one replica's part, its number of rows left open; None for what a batch may leave out."""
     spec = getattr(spec, "_value_specs", [spec])[0]
-    if not isinstance(spec, tf.TensorSpec):
+    if not isinstance(spec, tf.TensorSpec | tf.SparseTensorSpec | tf.RaggedTensorSpec):
         return None
     shape = spec.shape
     if shape.rank:
         shape = [None, *shape[1:]]
     return types.SimpleNamespace(shape=tuple(shape), dtype=spec.dtype)
+
+
+def check_no_empty_convolutions(model: keras.Model, last_batch: int) -> None:
+    """Raises where a replica would get no row of the last batch, and its kernels can't take that.
+
+    oneDNN gives the convolution and the pooling of an empty batch a wrong shape: the next operation fails, or
+    the process is aborted (TensorFlow 2.21).
+
+    Args:
+        model: Under a strategy.
+        last_batch: Its rows; 0 where all batches are whole.
+
+    Raises:
+        ValueError: It has convolutions or poolings and fewer rows than replicas, on CPUs.
+    """
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    on_cpu = all("CPU" in device for device in model.distribute_strategy.extended.worker_devices)
+    kinds = ("Conv", "MaxPool", "AveragePool")
+    hurt = [layer.name for layer in model._flatten_layers() if type(layer).__name__.startswith(kinds)]
+    if on_cpu and hurt and 0 < last_batch < replicas:
+        raise ValueError(
+            f"The last batch has {last_batch} samples for {replicas} replicas, and {hurt[0]!r} can't take an "
+            f"empty share on a CPU. Allowed: at least {replicas} samples in every batch. Choose another "
+            "batch_size, or leave the last samples out."
+        )

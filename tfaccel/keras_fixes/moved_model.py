@@ -46,6 +46,7 @@ def rebuilt(model: keras.Model) -> keras.Model:
         else:
             copy.compile_from_config(model.get_compile_config())
         if getattr(model.optimizer, "built", False):
+            _keep_exclusions(copy.optimizer, model.optimizer)
             copy.optimizer.build(copy.trainable_variables)
             _assign(copy.optimizer.variables, model.optimizer.variables, "optimizer")
     return copy
@@ -65,6 +66,17 @@ def _cloned(model: keras.Model) -> keras.Model:
             "the scope and take over its weights."
         ) from error
     return copy
+
+
+def _keep_exclusions(copy: Any, original: Any) -> None:
+    """Takes over which variables don't decay, which no configuration says."""
+    copy, original = (getattr(each, "inner_optimizer", each) for each in (copy, original))
+    if getattr(original, "_exclude_from_weight_decay", None):
+        raise ValueError(
+            f"{type(original).__name__} excludes single variables from weight decay. Allowed: exclusion by "
+            "name. Use exclude_from_weight_decay(var_names=[...])."
+        )
+    copy._exclude_from_weight_decay_pattern = getattr(original, "_exclude_from_weight_decay_pattern", None)
 
 
 def _fresh(value: Any) -> Any:

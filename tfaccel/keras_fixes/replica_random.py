@@ -46,7 +46,7 @@ def _draw_rows(original: Callable, setting: Callable[[], Share | None]) -> Calla
         dtype = tf.as_dtype(kwargs.get("dtype", tf.float32))
         if kwargs.get("minval") is not None:
             dtype = kwargs["minval"].dtype
-        begin = first_value(share, shape)
+        begin = first_value(share, shape, tf.get_static_value(shape[0]) is not None)
         each = VALUES_A_COUNT[dtype.size]
         here = advanced(counter, begin // each)
         size = tf.reduce_prod(shape)
@@ -57,16 +57,18 @@ def _draw_rows(original: Callable, setting: Callable[[], Share | None]) -> Calla
     return draw
 
 
-def first_value(share: Share, shape: tf.Tensor) -> tf.Tensor:
+def first_value(share: Share, shape: tf.Tensor, is_fixed: bool) -> tf.Tensor:
     """Where a share's values begin among those of the whole batch; 0 where `shape` holds no batch.
 
     Args:
         share: Of the batch.
         shape: Of the share's values; int32, rank 1.
+        is_fixed: Whether its first axis is known while tracing, as that of a weight is.
     """
     rows = tf.maximum(share.rows, 1)
     row_size = tf.reduce_prod(shape) // rows
-    return tf.where(tf.equal(shape[0] % rows, 0), share.begin * row_size, 0)
+    of_batch = tf.equal(shape[0], rows) if is_fixed else tf.equal(shape[0] % rows, 0)
+    return tf.where(of_batch, share.begin * row_size, 0)
 
 
 def advanced(counter: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfaccel.keras_fixes.control_flow_captures import captured_outside
@@ -63,6 +64,12 @@ class ReplicatedStep:
         Args:
             data: Split among the replicas, as a distributed data set hands it over; or a whole batch.
         """
+        data = tf.nest.map_structure(
+            lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, data
+        )
+        if self._strategy.num_replicas_in_sync == 1:
+            rows = count_examples(_part(data, 0))
+            return self._run(lambda data: (data, self._share(tf.constant(0), rows, rows)), (data,))
         local = [_part(data, i) for i in range(self._local_replicas())]
         if not any(isinstance(leaf, tf.distribute.DistributedValues) for leaf in tf.nest.flatten(data)):
             rows = tf.range(count_examples(data))
@@ -107,8 +114,10 @@ class ReplicatedStep:
         def on_replica(*arguments: Any) -> Any:
             data, share = part(*arguments)
 
-            def instead(_: Any, apply: Apply, gradients: list[Any], variables: Any) -> None:
+            def instead(optimizer: Any, apply: Apply, gradients: list[Any], variables: Any) -> None:
                 check_weighed(share, replicas)
+                share.weighed = False  # the next optimizer of this step has a loss of its own
+                check_built(optimizer)
                 apply_sums(apply, gradients, variables)
 
             with (
@@ -184,10 +193,25 @@ def batches_function(model: keras.Model, step: Step) -> Callable[[Any], Any]:
     return run
 
 
-def eager_function(step: Step, steps: int) -> Callable[[Any], Any]:
+def check_built(optimizer: keras.optimizers.Optimizer) -> None:
+    """Raises where an optimizer would have to make its variables while replicas are traced one by one.
+
+    Raises:
+        ValueError: It is not built; Keras builds `model.optimizer`, not those that a model keeps beside it.
+    """
+    if not optimizer.built:
+        raise ValueError(
+            f"{optimizer.name!r} has no variables yet, and train_step applies it under a strategy. Allowed: "
+            "optimizers that are built. Call optimizer.build(network.trainable_variables) in the model's "
+            "compile, inside of the scope."
+        )
+
+
+def eager_function(model: keras.Model, step: Step, steps: int) -> Callable[[Any], Any]:
     """What Keras's loop calls where the model runs eagerly.
 
     Args:
+        model: Whose metrics the logs are taken from.
         step: From a batch to its logs.
         steps: As `steps_per_execution`.
     """
@@ -198,7 +222,7 @@ def eager_function(step: Step, steps: int) -> Callable[[Any], Any]:
             logs = step(data)
         if logs is None:
             raise StopIteration
-        return logs
+        return dict(model._get_metrics_result_or_logs(logs))
 
     return run
 

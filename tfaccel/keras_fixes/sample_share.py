@@ -29,6 +29,8 @@ from keras.src.trainers.trainer import Trainer
 
 from tfaccel.keras_fixes.patch import Patch
 
+MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
 
 class Share:
     """The rows of a global batch that one replica works on, while its step is traced.
@@ -47,7 +49,6 @@ class Share:
         self.can_reduce = can_reduce
         self.weighed = False  # whether a loss was divided among the replicas
         self.parts: list[Any] = []  # what the model's compute_loss gave
-        self.own_losses: list[Any] = []  # of this replica's rows alone, for the metrics
 
     def fraction(self, dtype: Any = tf.float32) -> tf.Tensor:
         """Rows over total; as Keras's 1 / replicas where shares are even."""
@@ -96,8 +97,7 @@ def _unscale(original: Callable, setting: Callable[[], Share | None]) -> Callabl
         share = setting()
         if share is None:
             return original(value)
-        share.own_losses.append(tf.math.divide_no_nan(value, share.fraction(value.dtype)))
-        return share.own_losses[-1]
+        return tf.math.divide_no_nan(value, share.fraction(value.dtype))
 
     return unscale_loss_for_distribution
 
@@ -105,10 +105,16 @@ def _unscale(original: Callable, setting: Callable[[], Share | None]) -> Callabl
 def _weigh_own_loss(original: Callable, setting: Callable[[], Share | None]) -> Callable:
     def update_state(self: Any, values: Any, sample_weight: Any = None) -> None:
         share = setting()
-        # Keras counts the loss of an output by batches where it does not know their size: once for each.
-        if share is not None and sample_weight is None and any(values is own for own in share.own_losses):
-            sample_weight = share.fraction()
-        original(self, values, sample_weight)
+        if share is None or sample_weight is not None:
+            original(self, values, sample_weight)
+        elif share.is_part(values):  # a train_step that tracks what compute_loss gave
+            original(self, tf.math.divide_no_nan(values, share.fraction(values.dtype)), share.fraction())
+        elif len(getattr(values, "shape", (0,))) == 0:
+            # One value for a batch, such as the loss of an output: Keras counts it once for each batch.
+            values = tf.convert_to_tensor(values)
+            original(self, tf.where(share.rows > 0, values, tf.zeros_like(values)), share.fraction())
+        else:
+            original(self, values, sample_weight)
 
     return update_state
 
@@ -131,6 +137,12 @@ def _reduce(original: Callable, setting: Callable[[], Share | None]) -> Callable
             return loss
         # A sum over the samples is the sum of the replicas' sums as it is.
         share.weighed = share.weighed or reduction == "sum"
+        if tuple(loss.shape) == (0,):  # Keras gives back no mean of no rows
+            share.weighed = True
+            return tf.reduce_sum(loss)
+        if tuple(values.shape) == () and reduction in MEANS:  # a loss function that takes the mean itself
+            share.weighed = True
+            return tf.where(share.rows > 0, loss, tf.zeros_like(loss)) * share.fraction(loss.dtype)
         if reduction != "mean_with_sample_weight" or sample_weight is None:
             return loss
         total = tf.reduce_sum(tf.cast(sample_weight, tf.float32))
