@@ -11,8 +11,11 @@ import tensorflow as tf
 
 import tfaccel
 
-NAMES = tfaccel.__all__
-OBJECTS = {name: getattr(tfaccel, name) for name in NAMES}
+MODULES = {name: value for name, value in vars(tfaccel).items() if inspect.ismodule(value)}
+OBJECTS = {name: getattr(tfaccel, name) for name in tfaccel.__all__ if name not in MODULES}
+LAUNCH = {f"launch.{name}": getattr(tfaccel.launch, name) for name in tfaccel.launch.__all__}
+OBJECTS |= {name: value for name, value in LAUNCH.items() if callable(value)}
+NAMES = list(OBJECTS)
 CALLBACKS = [
     name
     for name, value in OBJECTS.items()
@@ -32,8 +35,9 @@ def test_something_was_found():
 
 def test_all_is_sorted_and_complete():
     public = {n for n, v in vars(tfaccel).items() if not n.startswith("_") and not inspect.ismodule(v)}
-    assert set(NAMES) == public
-    assert sorted(NAMES) == list(NAMES)
+    assert set(tfaccel.__all__) == public | {"launch"}
+    for module in (tfaccel, tfaccel.launch):
+        assert sorted(module.__all__) == list(module.__all__)
 
 
 @pytest.mark.parametrize("name", DOERS)

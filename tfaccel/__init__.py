@@ -1,5 +1,6 @@
 """tfaccel: faster, smaller, deployable Keras 3 models on TensorFlow, in an ordinary `model.fit`."""
 
+from tfaccel import launch
 from tfaccel.accelerator import Accelerator
 from tfaccel.export.benchmark import Latency, benchmark_tflite
 from tfaccel.export.callback import ExportTFLite
@@ -29,5 +30,6 @@ __all__ = [
     "benchmark_tflite",
     "compare",
     "export_tflite",
+    "launch",
     "predictor",
 ]

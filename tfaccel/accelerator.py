@@ -9,7 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfaccel.fast_kernels.kernels import Settings, accelerate, accelerate_at_compile, release
+from tfaccel.fast_kernels.acceleration import accelerate, accelerate_at_compile, release
+from tfaccel.fast_kernels.kernels import Settings
 from tfaccel.keras_fixes import compile_checks
 from tfaccel.keras_fixes.compile_checks import is_distributed
 from tfaccel.keras_fixes.moved_model import rebuilt
@@ -99,6 +100,14 @@ class Accelerator:
     def precision(self) -> keras.DTypePolicy:
         """The dtype policy that layers built in `scope()` get."""
         return self._precision.value
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process is the first worker, or the only one: the one that writes files.
+
+        `fit` sees to the callbacks of Keras itself. Use it around what a script writes after `fit`.
+        """
+        return self.strategy.extended.should_checkpoint
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[Accelerator]:
@@ -268,5 +277,8 @@ def _show(value: object) -> str:
     if isinstance(value, tf.distribute.Strategy):
         if not is_distributed(value):
             return "one_device"
-        return f"{type(value).__name__} × {value.num_replicas_in_sync}"
+        workers = isinstance(value, tf.distribute.MultiWorkerMirroredStrategy)
+        # The class itself still has the name of the paper.
+        name = "MultiWorkerMirroredStrategy" if workers else type(value).__name__
+        return f"{name} × {value.num_replicas_in_sync}"
     return value.name if isinstance(value, keras.DTypePolicy) else str(value)

@@ -1,6 +1,7 @@
 """The command line: a subcommand parses, calls one library function and returns an exit code.
 
-Exit codes: 0 done, 1 an export that was refused, 2 bad arguments or data, 130 Ctrl-C.
+Exit codes: 0 done, 1 an export that was refused, 2 bad arguments or data, 130 Ctrl-C; `launch` gives the code
+of the worker that failed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from collections.abc import Sequence
 import keras
 
 import tfaccel
-from tfaccel import terminal
+from tfaccel import launch, terminal
 from tfaccel.archives import read_archive
+from tfaccel.cluster import START_TIMEOUT_S, find_cluster
 from tfaccel.demo.images import load_images
 from tfaccel.demo.run import run_demo
 from tfaccel.export.recipes import RECIPES
+from tfaccel.launch import kubernetes
 from tfaccel.prepare import execution, precision, strategy
 
 
@@ -65,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", metavar="DIR", default="tfaccel-demo", help="default: %(default)s")
     command.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
+    _add_launch(commands)
+
     command = _add(commands, "export", run_export, "convert a saved Keras model to a checked TFLite file")
     command.add_argument("model", help="a .keras file")
     command.add_argument("path", help="the TFLite file to write")
@@ -84,6 +89,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_launch(commands) -> None:
+    command = _add(commands, "launch", run_launch, "run a script on several workers at once")
+    command.add_argument("--workers", type=int, required=True, metavar="N")
+    command.add_argument("--engine", default="local", choices=(*launch.ENGINES, "kubernetes"))
+    command.add_argument("--max-restarts", type=int, default=0, metavar="K", help="default: %(default)s")
+    command.add_argument("--start-timeout", type=float, default=START_TIMEOUT_S, metavar="SECONDS")
+    pods = command.add_argument_group("kubernetes")
+    pods.add_argument("--dry-run", action="store_true", help="print the manifest")
+    pods.add_argument("--image", default="", help="container image with tfaccel and the script")
+    pods.add_argument("--name", default="tfaccel", help="of the job; default: %(default)s")
+    pods.add_argument("--gpus", type=int, default=0, help="of each pod; default: %(default)s")
+    command.add_argument("script", help="a Python script, followed by its arguments")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
 def _add(commands, name, run, text) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
@@ -99,11 +119,12 @@ def run_devices(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """`tfaccel plan`."""
-    workers = strategy.number_of_workers(os.environ)
-    if workers > 1 and options.strategy in ("auto", "multi_worker"):
+    cluster = find_cluster(os.environ)
+    if cluster is not None and options.strategy in ("auto", "multi_worker"):
         raise ValueError(
-            f"TF_CONFIG names {workers} workers, and TensorFlow waits without end until all have started. "
-            "Allowed: plan on one machine. Unset TF_CONFIG, or choose --strategy one_device."
+            f"{cluster.source} names {cluster.size} workers, and the strategy would wait until all have "
+            "started. Allowed: plan on one machine. Leave the job's environment, or choose --strategy "
+            "one_device."
         )
     jit: str | bool = "auto" if options.jit == "auto" else options.jit == "on"
     accelerator = tfaccel.Accelerator(options.strategy, options.precision, jit, options.kernels)
@@ -121,6 +142,42 @@ def run_demo_command(options: argparse.Namespace) -> int:
     else:
         terminal.print_demo(result, options.output)
     return 0 if result.finished else 130
+
+
+def run_launch(options: argparse.Namespace) -> int:
+    """`tfaccel launch`."""
+    if options.engine == "kubernetes":
+        print(_manifest(options), end="")
+        return 0
+    try:
+        launch.run_script(
+            options.script,
+            options.arguments,
+            workers=options.workers,
+            engine=options.engine,
+            max_restarts=options.max_restarts,
+            start_timeout_s=options.start_timeout,
+        )
+    except launch.WorkerError as error:
+        print(f"tfaccel launch: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _manifest(options: argparse.Namespace) -> str:
+    if not options.dry_run:
+        raise ValueError(
+            "engine='kubernetes' starts nothing itself. Allowed: --dry-run, which prints the manifest. Pipe "
+            "it to kubectl apply -f -."
+        )
+    return kubernetes.manifest(
+        ["python", options.script, *options.arguments],
+        options.workers,
+        image=options.image,
+        name=options.name,
+        gpus=options.gpus,
+        max_restarts=options.max_restarts,
+    )
 
 
 def run_export(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from distribution_cells import Batches
 
 import tfaccel
 
@@ -39,19 +40,6 @@ def test_every_pair_occurs():
     assert len(CELLS) < 30
     for a, b in itertools.combinations(AXES, 2):
         assert {(cell[a], cell[b]) for cell in CELLS} == set(itertools.product(AXES[a], AXES[b]))
-
-
-class Batches(keras.utils.PyDataset):
-    def __init__(self, x, y, size):
-        super().__init__()
-        self.x, self.y, self.size = x, y, size
-
-    def __len__(self):
-        return -(-len(self.x) // self.size)
-
-    def __getitem__(self, i):
-        rows = slice(i * self.size, (i + 1) * self.size)
-        return self.x[rows], self.y[rows]
 
 
 def train(helpers, small, cell, plain):

@@ -49,6 +49,8 @@ class ExportTFLite(keras.callbacks.Callback):
         `tfaccel.export_tflite`.
     """
 
+    chief_only = True  # on several workers the first one exports
+
     def __init__(
         self,
         path: str | os.PathLike,

@@ -28,7 +28,7 @@ import tensorflow as tf
 from tensorflow.python.eager import record
 
 from tfaccel.fast_kernels.recurrent_programs import Gru, Lstm
-from tfaccel.keras_fixes.patch import Patch
+from tfaccel.keras_fixes.patch import Patch, all_active
 
 SAMPLES_A_PART = 8  # at least
 
@@ -154,7 +154,5 @@ _PATCHES = [Patch(layer, "inner_loop", _wrap) for layer in (keras.layers.LSTM, k
 @contextlib.contextmanager
 def fused() -> Any:
     """Lets LSTM and GRU fuse in this thread while the block lasts: enter it where a step is being traced."""
-    with contextlib.ExitStack() as stack:
-        for patch in _PATCHES:
-            stack.enter_context(patch.active(tf.compat.v1.get_default_graph()))
+    with all_active(_PATCHES, tf.compat.v1.get_default_graph()):
         yield

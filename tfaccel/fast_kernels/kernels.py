@@ -1,16 +1,12 @@
-"""Which kernels a model trains with: put on it when it is compiled in a scope, proven at its first `fit`.
+"""Which kernels a model trains with: chosen and proven at the beginning of its first `fit`.
 
-Nothing of the user's is replaced for good. The model gets a `make_train_function` of its own, and one each
-for testing and predicting, which Keras calls at the beginning of every `fit`, `evaluate` and `predict`;
-optimizer and layers are touched only while a step is being traced.
+`acceleration.py` puts them on a model. Optimizer and layers are touched only while a step is being traced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import types
 import weakref
 from collections.abc import Callable, MutableMapping
 from typing import Any
@@ -29,9 +25,9 @@ from tfaccel.fast_kernels.proofs import Proofs
 from tfaccel.fast_kernels.resident import ATTRIBUTE, Pass, ResidentBatches
 from tfaccel.fast_kernels.step_loop import OneDeviceStep, Step
 from tfaccel.fast_kernels.trial import Way
-from tfaccel.keras_fixes.compile_checks import around_compile
+from tfaccel.keras_fixes.chief_writes import only_chief_writes
 from tfaccel.keras_fixes.control_flow_captures import captured_outside
-from tfaccel.keras_fixes.first_batch import build_from_specification
+from tfaccel.keras_fixes.first_batch import build_from_specification, build_state, check_enough
 from tfaccel.keras_fixes.input_clock import CLOCK_ATTRIBUTE
 from tfaccel.keras_fixes.iterator_stall import untuned_iterator
 from tfaccel.keras_fixes.replica_step import (
@@ -39,20 +35,12 @@ from tfaccel.keras_fixes.replica_step import (
     batches_function,
     distribute_anew,
     eager_function,
-    is_multi_worker,
     is_replicated,
-    same_order,
 )
-from tfaccel.keras_fixes.replica_xla import check_train_step, compiled_on_replica
+from tfaccel.keras_fixes.replica_xla import compiled_on_replica
+from tfaccel.keras_fixes.workers import is_multi_worker, same_order
 
 Report = MutableMapping[str, str]
-REPLACED = (
-    "make_train_function",
-    "make_test_function",
-    "make_predict_function",
-    "predict",
-    "_maybe_symbolic_build",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,69 +60,6 @@ class Settings:
     synchronize: bool = True
 
 
-def accelerate_at_compile(settings: Settings, report: Report) -> contextlib.AbstractContextManager[None]:
-    """Makes `compile` accelerate every model for as long as the block lasts. Arguments: see `accelerate`."""
-
-    def wrap(original: Callable) -> Callable:
-        def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
-            original(self, *args, **kwargs)
-            accelerate(self, settings, report)
-
-        return compile
-
-    return around_compile(wrap)
-
-
-def accelerate(model: keras.Model, settings: Settings, report: Report) -> None:
-    """Lets a compiled model train with fused kernels and compiled loops, on every replica of its strategy.
-
-    Args:
-        model: Just compiled. Models that run eagerly on one device, and subclasses that make their own train
-            function, stay as they are; the report says so.
-        settings: How.
-        report: Is given, by name, what was chosen and why; what it says of another model goes.
-
-    Raises:
-        ValueError: Several replicas, XLA, and a `train_step` of the user's own.
-    """
-    report.clear()
-    reason = _why_not(model)
-    if reason:
-        report["loop"] = f"Keras's own: {reason}"
-        return
-    release(model)
-    kernels = Kernels(model, settings, report)
-    if kernels.replicated:
-        if model.jit_compile:
-            check_train_step(model)
-        model._maybe_symbolic_build = kernels.build
-    model.make_train_function = kernels.make_train_function
-    model.make_test_function = kernels.make_test_function
-    model.make_predict_function = kernels.make_predict_function
-    if type(model).predict is keras.Model.predict and not kernels.replicated:
-        model.predict = kernels.predict
-
-
-def _why_not(model: keras.Model) -> str:
-    for name in ("make_train_function", "make_test_function", "make_predict_function"):
-        if getattr(type(model), name) is not getattr(keras.Model, name):
-            return f"{type(model).__name__} has a {name} of its own"
-    if model.run_eagerly and not is_replicated(model.distribute_strategy):
-        return "the model runs eagerly"
-    return ""
-
-
-def release(model: keras.Model) -> None:
-    """Takes off what `accelerate` put on a model, and what an interrupted fit left on it."""
-    if "make_train_function" not in vars(model):
-        return
-    model.make_train_function()
-    for name in REPLACED:
-        if name in vars(model):
-            delattr(model, name)
-    model.train_function = model.test_function = model.predict_function = None
-
-
 class Kernels:
     """The kernels of one model, from one `compile` to the next. See `accelerate` for the arguments."""
 
@@ -148,7 +73,12 @@ class Kernels:
         self._plain_functions: dict[str, Any] = {}
 
     def make_train_function(self, force: bool = False) -> None:
-        """As Keras has it; called at the beginning of `fit` and by callbacks that want a new trace."""
+        """As Keras has it; called at the beginning of `fit` and by callbacks that want a new trace.
+
+        Raises:
+            ValueError: A callback of the `fit` can't write where it is to, or there are fewer samples than
+                replicas.
+        """
         self._make("train", force)
 
     def make_test_function(self, force: bool = False) -> None:
@@ -194,6 +124,8 @@ class Kernels:
 
     def _make(self, kind: str, force: bool) -> None:
         model = self._trained_model()
+        if is_multi_worker(model.distribute_strategy):
+            only_chief_writes(running_loop().get("callbacks"), model.distribute_strategy)
         name = f"{kind}_function"
         present = getattr(model, name)
         if present is self._plain_functions.get(kind):
@@ -238,7 +170,7 @@ class Kernels:
 
     def _bind(self, model: keras.Model, function: FastFunction, kind: str) -> None:
         """Lets the `fit` or `evaluate` that is running hand over chunks."""
-        loop = running_loop()
+        loop, strategy = running_loop(), model.distribute_strategy
         epoch_iterator = loop.get("epoch_iterator")
         if epoch_iterator is None or loop.get("self") is not model or not is_stream(epoch_iterator):
             return
@@ -246,7 +178,7 @@ class Kernels:
         function.length = CallLength(epoch_iterator.steps_per_execution, grows)
         if not hasattr(epoch_iterator, CLOCK_ATTRIBUTE):  # `fit` keeps that of its validation
             if kind == "train" and not self.replicated:
-                _build_state(model, epoch_iterator._distributed_dataset.element_spec)
+                build_state(model, epoch_iterator._distributed_dataset.element_spec)
             epoch_iterator.resident_data = self._resident_data(epoch_iterator, loop)
             if self.replicated and not isinstance(epoch_iterator.resident_data, ResidentBatches):
                 distribute_anew(epoch_iterator)
@@ -254,8 +186,10 @@ class Kernels:
         function.clock = getattr(epoch_iterator, CLOCK_ATTRIBUTE)
         data = epoch_iterator.resident_data
         resident_now = isinstance(data, ResidentBatches)
+        if resident_now and kind == "train":
+            check_enough(data.samples, strategy)
         if resident_now:
-            count_exactly(epoch_iterator, lambda: Pass(data, self._order(model, data)), function)
+            count_exactly(epoch_iterator, self._passes(model, data), function)
         else:
             begin = untuned_iterator if self.replicated else iter
             count_exactly(epoch_iterator, lambda: begin(epoch_iterator._distributed_dataset), function)
@@ -265,10 +199,21 @@ class Kernels:
         epochs = loop.get("epochs", 1) - loop.get("initial_epoch", 0)
         function.expect_steps(epochs * (epoch_iterator.num_batches or 0))
 
-    def _order(self, model: keras.Model, data: ResidentBatches) -> tf.Tensor:
-        """The rows of one pass, the same for all workers."""
-        order = data.new_order()
-        return same_order(model.distribute_strategy, order) if self.replicated else order
+    def _passes(self, model: keras.Model, data: ResidentBatches) -> Callable[[], Pass]:
+        """What begins a pass; the order of its rows is the same for all workers."""
+        started = False
+
+        def begin() -> Pass:
+            nonlocal started
+            if not started:
+                # `BackupAndRestore` goes on at a later epoch: with the order that a seed gives that one.
+                for _ in range(model._initial_epoch or 0):
+                    data.new_order()
+                started = True
+            order = data.new_order()
+            return Pass(data, same_order(model.distribute_strategy, order) if self.replicated else order)
+
+        return begin
 
     def _resident_data(self, epoch_iterator: Any, loop: dict[str, Any]) -> ResidentBatches | str:
         adapter, workers = epoch_iterator.data_adapter, is_multi_worker(loop["self"].distribute_strategy)
@@ -334,17 +279,3 @@ class Kernels:
     def build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """In place of `_maybe_symbolic_build`, which Keras calls at the beginning of `fit` and `evaluate`."""
         build_from_specification(self._trained_model(), iterator, data_batch)
-
-
-def _build_state(model: keras.Model, batch: Any) -> None:
-    """Makes the variables of optimizer, loss and metrics before the step is traced.
-
-    TensorFlow traces a function that makes variables a second time; Keras traces every first `fit` twice.
-    """
-    specs = keras.tree.flatten(batch)
-    if not model.built or not all(isinstance(spec, tf.TensorSpec) for spec in specs):
-        return
-    shaped = [types.SimpleNamespace(shape=tuple(spec.shape), dtype=spec.dtype) for spec in specs]
-    # What can't be built from shapes alone is made in the trace, as Keras does.
-    with contextlib.suppress(ValueError, TypeError, RuntimeError, AttributeError, LookupError):
-        model._symbolic_build(data_batch=keras.tree.pack_sequence_as(batch, shaped))

@@ -21,7 +21,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops import gen_stateless_random_ops_v2, random_ops_util
 
-from tfaccel.keras_fixes.patch import Patch
+from tfaccel.keras_fixes.patch import Patch, all_active
 
 
 def uniform_from_bits(bits: tf.Tensor) -> tf.Tensor:
@@ -71,7 +71,5 @@ _PATCHES = (
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
     """Lets this thread trace for XLA with the uniform numbers that TensorFlow draws without it."""
-    with contextlib.ExitStack() as stack:
-        for patch in _PATCHES:
-            stack.enter_context(patch.active(True))
+    with all_active(_PATCHES, True):
         yield

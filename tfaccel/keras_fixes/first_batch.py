@@ -17,6 +17,7 @@ The fix: the shapes are in the data set's specification. No batch is drawn.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from typing import Any
 
@@ -46,6 +47,24 @@ def build_from_specification(model: keras.Model, epoch_iterator: Any = None, dat
         check_no_empty_convolutions(model, adapter._num_samples % adapter._batch_size)
 
 
+def build_state(model: keras.Model, batch: Any) -> None:
+    """Makes the variables of optimizer, loss and metrics on one device before the step is traced.
+
+    TensorFlow traces a function that makes variables a second time; Keras traces every first `fit` twice.
+
+    Args:
+        model: Compiled; one that is not built yet is left to the trace.
+        batch: The specification of a batch.
+    """
+    specs = keras.tree.flatten(batch)
+    if not model.built or not all(isinstance(spec, tf.TensorSpec) for spec in specs):
+        return
+    shaped = [types.SimpleNamespace(shape=tuple(spec.shape), dtype=spec.dtype) for spec in specs]
+    # What can't be built from shapes alone is made in the trace, as Keras does.
+    with contextlib.suppress(ValueError, TypeError, RuntimeError, AttributeError, LookupError):
+        model._symbolic_build(data_batch=keras.tree.pack_sequence_as(batch, shaped))
+
+
 def _shaped(spec: Any) -> Any:
     """The shape of one replica's part, its number of rows left open; None for what a batch may leave out."""
     spec = getattr(spec, "_value_specs", [spec])[0]
@@ -55,6 +74,20 @@ def _shaped(spec: Any) -> Any:
     if shape.rank:
         shape = [None, *shape[1:]]
     return types.SimpleNamespace(shape=tuple(shape), dtype=spec.dtype)
+
+
+def check_enough(samples: int, strategy: tf.distribute.Strategy | None) -> None:
+    """Raises where some replicas would never get a sample.
+
+    Raises:
+        ValueError: There are fewer samples than replicas.
+    """
+    replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+    if samples < replicas:
+        raise ValueError(
+            f"fit was given {samples} samples for {replicas} replicas. Allowed: at least one for each. Every "
+            "worker gets the whole data set, not its share; or start fewer workers."
+        )
 
 
 def check_no_empty_convolutions(model: keras.Model, last_batch: int) -> None:

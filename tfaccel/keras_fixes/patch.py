@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -55,3 +55,12 @@ class Patch:
 
     def _setting(self) -> Any:
         return getattr(self._local, "setting", None)
+
+
+@contextlib.contextmanager
+def all_active(patches: Iterable[Patch], setting: Any) -> Iterator[None]:
+    """Lets several patches act in this thread while the block lasts, all with the same setting."""
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch.active(setting))
+        yield

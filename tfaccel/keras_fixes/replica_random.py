@@ -29,7 +29,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops import gen_stateless_random_ops_v2
 
-from tfaccel.keras_fixes.patch import Patch
+from tfaccel.keras_fixes.patch import Patch, all_active
 from tfaccel.keras_fixes.sample_share import Share
 
 VALUES_A_COUNT = {4: 4, 2: 4, 8: 2}  # by the bytes of a value: uniform and normal kernels alike
@@ -92,7 +92,5 @@ _PATCHES = tuple(
 @contextlib.contextmanager
 def drawing_rows(share: Share) -> Iterator[None]:
     """Lets layers that this thread traces draw the numbers of `share`'s rows while the block lasts."""
-    with contextlib.ExitStack() as stack:
-        for patch in _PATCHES:
-            stack.enter_context(patch.active(share))
+    with all_active(_PATCHES, share):
         yield

@@ -227,39 +227,16 @@ def eager_function(model: keras.Model, step: Step, steps: int) -> Callable[[Any]
     return run
 
 
-def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
-    """Whether other processes train the same model."""
-    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-    return several and strategy.extended._in_multi_worker_mode()
-
-
-def same_order(strategy: tf.distribute.Strategy, order: tf.Tensor) -> tf.Tensor:
-    """The first worker's order of the samples: with orders of their own, workers would train some twice.
-
-    Args:
-        strategy: Of all workers, who must all call this.
-        order: This worker's, int32, rank 1.
-    """
-    if not is_multi_worker(strategy):
-        return order
-
-    @tf.function(autograph=False)
-    def run(order: tf.Tensor) -> tf.Tensor:
-        def on_replica(order: tf.Tensor) -> tf.Tensor:
-            context = tf.distribute.get_replica_context()
-            own = tf.where(tf.equal(context.replica_id_in_sync_group, 0), order, 0)
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
-
-        return strategy.experimental_local_results(strategy.run(on_replica, (order,)))[0]
-
-    return run(order)
-
-
 def distribute_anew(epoch_iterator: Any) -> None:
     """Heals the pipeline of a `fit` or `evaluate` under a strategy, before it is split among the replicas."""
     iterator = epoch_iterator
     dataset = iterator.data_adapter.get_tf_dataset()
     if isinstance(dataset, tf.data.Dataset):
+        policy = dataset.options().experimental_distribute.auto_shard_policy
+        if policy == tf.data.experimental.AutoShardPolicy.OFF:
+            # Each worker cuts whole batches of its own into those of its replicas: Keras, who counts
+            # the batches before they are cut, would end the epoch half way.
+            iterator._num_batches = None
         iterator._distributed_dataset = iterator._distribute_strategy.experimental_distribute_dataset(
             untuned(copied(dataset))
         )

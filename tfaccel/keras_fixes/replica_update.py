@@ -33,7 +33,7 @@ from tensorflow.python.distribute import values as distributed_values
 from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
 
-from tfaccel.keras_fixes.patch import Patch
+from tfaccel.keras_fixes.patch import Patch, all_active
 
 Apply = Callable[[list[Any], Any], None]
 Instead = Callable[[keras.optimizers.Optimizer, Apply, list[Any], Any], None]
@@ -89,9 +89,7 @@ def applying(instead: Instead | None) -> Iterator[None]:
         instead: Is called with the optimizer, its own `apply`, the gradients and the variables; None lets the
             optimizer alone.
     """
-    with contextlib.ExitStack() as stack:
-        for patch in _APPLY:
-            stack.enter_context(patch.active(instead))
+    with all_active(_APPLY, instead):
         yield
 
 
@@ -109,7 +107,5 @@ def apply_sums(apply: Apply, gradients: list[Any], variables: Any) -> None:
         sums = context.all_reduce(tf.distribute.ReduceOp.SUM, [gradients[i] for i in present])
         for i, gradient in zip(present, sums, strict=True):
             gradients[i] = gradient
-    with contextlib.ExitStack() as stack:
-        for patch in _OWN:
-            stack.enter_context(patch.active(True))
+    with all_active(_OWN, True):
         apply(gradients, variables)

@@ -27,7 +27,7 @@ import tensorflow as tf
 from keras.src.losses import loss as keras_loss
 from keras.src.trainers.trainer import Trainer
 
-from tfaccel.keras_fixes.patch import Patch
+from tfaccel.keras_fixes.patch import Patch, all_active
 
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
@@ -185,9 +185,7 @@ _PATCHES = (
 @contextlib.contextmanager
 def weighing_samples(share: Share) -> Iterator[None]:
     """Lets losses that this thread traces count `share`'s part of the batch while the block lasts."""
-    with contextlib.ExitStack() as stack:
-        for patch in _PATCHES:
-            stack.enter_context(patch.active(share))
+    with all_active(_PATCHES, share):
         yield
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from tfaccel.errors import refuse
 from tfaccel.keras_fixes.compile_checks import is_distributed
 from tfaccel.keras_fixes.replica_step import is_replicated
-from tfaccel.prepare.choice import Choice, refuse
+from tfaccel.prepare.choice import Choice
 from tfaccel.prepare.devices import Devices
 
 KERNELS = ("auto", "plain", "fused")

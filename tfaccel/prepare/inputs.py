@@ -28,9 +28,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfaccel.errors import refuse
 from tfaccel.fast_kernels import resident
 from tfaccel.keras_fixes import shuffle_warning
-from tfaccel.prepare.choice import refuse
 
 DEFAULT_BATCH_SIZE = 32  # what `fit` takes for arrays
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import keras
 
-from tfaccel.prepare.choice import Choice, refuse
+from tfaccel.errors import refuse
+from tfaccel.prepare.choice import Choice
 from tfaccel.prepare.devices import Devices
 
 NAMES = ("auto", "float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64")

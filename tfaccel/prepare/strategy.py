@@ -2,7 +2,7 @@
 
 | found | strategy |
 |---|---|
-| `TF_CONFIG` with two or more workers | `MultiWorkerMirroredStrategy` |
+| several workers: `TF_CONFIG`, a Slurm step, a Kubernetes job of ours | `MultiWorkerMirroredStrategy` |
 | a TPU that answers | `TPUStrategy` (untested on hardware) |
 | two or more GPUs | `MirroredStrategy` |
 | one GPU, or CPU only | none: TensorFlow's default strategy, which costs nothing |
@@ -13,7 +13,7 @@ second replica made a step of a small MLP 2.5 times slower on two cores.
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import subprocess
 import sys
@@ -21,8 +21,13 @@ from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
-from tfaccel.prepare.choice import Choice, refuse
+from tfaccel.cluster import Cluster, find_cluster
+from tfaccel.errors import refuse
+from tfaccel.keras_fixes.swallowed_sigterm import sigterm_kept
+from tfaccel.keras_fixes.worker_seeds import share_seed
+from tfaccel.prepare.choice import Choice
 from tfaccel.prepare.devices import Devices
+from tfaccel.prepare.rendezvous import facts_of_this_process, meet, start_timeout_s
 
 NAMES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 TPU_TIMEOUT_S = 60
@@ -40,12 +45,13 @@ def choose_strategy(
     Args:
         requested: One of `NAMES`, or a strategy object, which is used as it is.
         devices: What the machine has.
-        environment: Where `TF_CONFIG` is looked up; default `os.environ`.
+        environment: Where the workers are looked up; default `os.environ`.
         connect_tpu: Makes the TPU strategy; default `connect_tpu_strategy`. Tests inject another.
 
     Raises:
-        ValueError: Unknown name, malformed `TF_CONFIG`, or a named strategy that this machine
-            can't have.
+        ValueError: Unknown name, malformed `TF_CONFIG`, a named strategy that this machine can't have, or
+            workers that differ.
+        RuntimeError: A worker did not start in time.
     """
     environment = os.environ if environment is None else environment
     connect_tpu = connect_tpu or connect_tpu_strategy
@@ -94,9 +100,9 @@ def _automatic(
     environment: Mapping[str, str],
     connect_tpu: Callable[[], tf.distribute.Strategy],
 ) -> Choice:
-    workers = number_of_workers(environment)
-    if workers > 1:
-        return Choice(_collective(devices), f"TF_CONFIG names {workers} workers")
+    cluster = find_cluster(environment)
+    if cluster is not None:
+        return Choice(_of_workers(cluster, devices.kind), _describe(cluster))
     if devices.kind == "tpu" or devices.tpu_environment:
         try:
             signs = ", ".join(devices.tpu_environment) or "listed by TensorFlow"
@@ -120,43 +126,51 @@ def _mirrored(devices: Devices) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(names, cross_device_ops=tf.distribute.ReductionToOneDevice())
 
 
-def number_of_workers(environment: Mapping[str, str]) -> int:
-    """Workers (chief included) that `TF_CONFIG` names; 0 without `TF_CONFIG`.
-
-    Raises:
-        ValueError: `TF_CONFIG` is not JSON, or has no usable `cluster`.
-    """
-    text = environment.get("TF_CONFIG", "")
-    if not text.strip():
-        return 0
-    try:
-        cluster = json.loads(text).get("cluster", {})
-        return len(cluster.get("worker", [])) + len(cluster.get("chief", []))
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise refuse(
-            "TF_CONFIG",
-            text,
-            '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}',
-            f"Correct or unset the variable ({error}).",
-        ) from error
-
-
 def _multi_worker(environment: Mapping[str, str], devices: Devices) -> Choice:
-    if number_of_workers(environment) == 0:
-        raise ValueError(
-            'strategy="multi_worker" needs TF_CONFIG, which is not set. Allowed: TF_CONFIG with a '
-            '"cluster" of workers and this process\'s "task". Set it in each worker\'s environment, '
-            'or use strategy="auto".'
+    cluster = find_cluster(environment)
+    if cluster is not None:
+        return Choice(
+            _of_workers(cluster, devices.kind), f"you asked for it; {_describe(cluster)}", by_user=True
         )
-    return Choice(_collective(devices), "you asked for it; TF_CONFIG is set", by_user=True)
+    if not environment.get("TF_CONFIG", "").strip():
+        raise ValueError(
+            'strategy="multi_worker" needs workers, and nothing names any. Allowed: TF_CONFIG with a '
+            '"cluster" of workers and this process\'s "task", or a step of Slurm. Start the script with '
+            '`tfaccel launch`, or use strategy="auto".'
+        )
+    return Choice(
+        _collective(devices.kind), "you asked for it; TF_CONFIG names this worker only", by_user=True
+    )
 
 
-def _collective(devices: Devices) -> tf.distribute.Strategy:
+def _describe(cluster: Cluster) -> str:
+    chief = ", the chief" if cluster.index == 0 else ""
+    return f"{cluster.source} names {cluster.size} workers; this is worker {cluster.index}{chief}"
+
+
+@functools.cache
+def _of_workers(cluster: Cluster, kind: str) -> tf.distribute.Strategy:
+    """One strategy for each process: TensorFlow starts its servers once, and the ports are taken then."""
+    meeting = meet(cluster, facts_of_this_process(cluster), start_timeout_s())
+    share_seed(meeting.seed)
+    if cluster.source == "TF_CONFIG":
+        return _collective(kind)
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(meeting.addresses)}),
+        task_type="worker",
+        task_id=cluster.index,
+        rpc_layer="grpc",
+    )
+    return _collective(kind, resolver)
+
+
+def _collective(kind: str, resolver: object = None) -> tf.distribute.Strategy:
     implementation = tf.distribute.experimental.CommunicationImplementation
     options = tf.distribute.experimental.CommunicationOptions(
-        implementation=implementation.NCCL if devices.kind == "gpu" else implementation.RING
+        implementation=implementation.NCCL if kind == "gpu" else implementation.RING
     )
-    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    with sigterm_kept():
+        return tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
 
 
 def _named_tpu(devices: Devices, connect_tpu: Callable[[], tf.distribute.Strategy]) -> Choice:
