@@ -13,6 +13,7 @@ from tfaccel.fast_kernels.acceleration import accelerate, accelerate_at_compile,
 from tfaccel.fast_kernels.kernels import Settings
 from tfaccel.keras_fixes import compile_checks
 from tfaccel.keras_fixes.compile_checks import is_distributed
+from tfaccel.keras_fixes.keras_distribution import check_no_keras_distribution
 from tfaccel.keras_fixes.moved_model import rebuilt
 from tfaccel.keras_fixes.replica_step import is_replicated
 from tfaccel.prepare.choice import Choice
@@ -81,6 +82,7 @@ class Accelerator:
                 f"Keras runs on {keras.backend.backend()!r}. Allowed: the TensorFlow backend. Set "
                 "KERAS_BACKEND=tensorflow before keras is imported."
             )
+        check_no_keras_distribution()
         self.devices = Devices.find()
         # The cheap check comes first: making a strategy may start TensorFlow's runtime.
         self._precision = choose_precision(precision, self.devices)

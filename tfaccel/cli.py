@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import keras
 
 import tfaccel
-from tfaccel import launch, terminal
+from tfaccel import launch, scaling, terminal
 from tfaccel.archives import read_archive
 from tfaccel.cluster import START_TIMEOUT_S, find_cluster
 from tfaccel.demo.images import load_images
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--precision", default="auto", choices=precision.NAMES)
     command.add_argument("--jit", default="auto", choices=("auto", "on", "off"))
     command.add_argument("--kernels", default="auto", choices=execution.KERNELS)
+    _add_scaling(command)
 
     command = _add(commands, "demo", run_demo_command, "train plain and accelerated, then export")
     command.add_argument("--data", metavar="FILE.npz", help="x_train, y_train, x_test, y_test")
@@ -87,6 +88,23 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--runs", type=int, default=200)
     command.add_argument("--threads", type=int, default=1)
     return top
+
+
+def _add_scaling(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("scaling", "what more workers would bring, each with its own batch")
+    group.add_argument("--workers", type=_numbers, metavar="N,N,…", help="such as 8,64,512")
+    group.add_argument("--bandwidth", default="10Gb/s", help="of each worker's link; default: %(default)s")
+    group.add_argument("--latency-us", type=float, default=50.0, help="of a message; default: %(default)s")
+    group.add_argument("--devices", type=int, default=1, help="in each worker; default: %(default)s")
+    group.add_argument("--local-bandwidth", default="50GB/s", help="between them; default: %(default)s")
+    group.add_argument("--model", metavar="FILE.keras", help="whose step is measured here")
+    group.add_argument("--batch-size", type=int, default=32, help="of one worker; default: %(default)s")
+    group.add_argument("--step-ms", type=float, help="measured elsewhere, with --gradient-mb, for no model")
+    group.add_argument("--gradient-mb", type=float, help="4 bytes for each trainable weight in float32")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
 
 
 def _add_launch(commands) -> None:
@@ -119,6 +137,8 @@ def run_devices(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """`tfaccel plan`."""
+    if options.workers:
+        return _run_scaling(options)
     cluster = find_cluster(os.environ)
     if cluster is not None and options.strategy in ("auto", "multi_worker"):
         raise ValueError(
@@ -129,6 +149,28 @@ def run_plan(options: argparse.Namespace) -> int:
     jit: str | bool = "auto" if options.jit == "auto" else options.jit == "on"
     accelerator = tfaccel.Accelerator(options.strategy, options.precision, jit, options.kernels)
     terminal.print_plan(accelerator)
+    return 0
+
+
+def _run_scaling(options: argparse.Namespace) -> int:
+    """`tfaccel plan --workers`."""
+    network = scaling.Network(
+        scaling.parse_bandwidth(options.bandwidth),
+        options.latency_us / 1e6,
+        options.devices,
+        scaling.parse_bandwidth(options.local_bandwidth),
+    )
+    if options.model:
+        model = _load_model(options.model)
+        step_ms, size = scaling.measure_step(model, options.batch_size), scaling.gradient_bytes(model)
+    elif options.step_ms and options.gradient_mb:
+        step_ms, size = options.step_ms, options.gradient_mb * 1e6
+    else:
+        raise ValueError(
+            "--workers needs a step to start from, and none was given. Allowed: --model FILE.keras, or both "
+            "--step-ms and --gradient-mb. Save yours with model.save."
+        )
+    terminal.print_scaling(step_ms, size, scaling.predict_scaling(step_ms, size, options.workers, network))
     return 0
 
 

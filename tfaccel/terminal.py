@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from tfaccel.accelerator import Accelerator
 from tfaccel.demo.run import DemoResult
+from tfaccel.scaling import Scaled
 
 
 def print_plan(accelerator: Accelerator) -> None:
@@ -21,6 +23,27 @@ def print_plan(accelerator: Accelerator) -> None:
         shown = accelerator.show(name)
         table.add_row(name, f"[bold]{shown}[/bold]", choice.reason)
     console.print(table)
+
+
+def print_scaling(step_ms: float, size_bytes: float, rows: Sequence[Scaled]) -> None:
+    """Step time and efficiency by number of workers."""
+    console = Console()
+    console.print(
+        f"[bold]{step_ms:.3g} ms a step on one worker, {size_bytes / 1e6:.3g} MB of gradients[/bold]"
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in ("workers", "step ms", "all-reduce ms", "efficiency", "speedup"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        figures = (
+            f"{row.step_ms:.3g}",
+            f"{row.all_reduce_ms:.3g}",
+            f"{row.efficiency:.2f}",
+            f"{row.speedup:.3g}",
+        )
+        table.add_row(str(row.workers), *figures)
+    console.print(table)
+    console.print("A prediction: each worker keeps its batch, one ring over the workers, nothing overlaps.")
 
 
 class DemoProgress:

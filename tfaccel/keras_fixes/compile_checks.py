@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 import keras
 import tensorflow as tf
 
+from tfaccel.keras_fixes.keras_distribution import check_no_keras_distribution
 from tfaccel.keras_fixes.replica_step import is_replicated
 
 
@@ -53,6 +54,7 @@ def refuse_at_compile(
 
     def wrap(original: Callable) -> Callable:
         def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
+            check_no_keras_distribution()
             check_built_inside(self, strategy, policy)
             original(self, *args, **kwargs)
             check_optimizer(self.optimizer, strategy)
