@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from tfaccel.prepare.execution import (
     choose_jit,
     choose_kernels,
     choose_steps_per_execution,
+    explain_replicas,
 )
 from tfaccel.prepare.inputs import make_dataset
 from tfaccel.prepare.precision import choose_precision
@@ -249,6 +251,7 @@ class Accelerator:
             "kernels": self._kernels,
             "steps_per_execution": self._steps,
             "batch_norm": self._batch_norm,
+            **explain_replicas(self.strategy, self.devices),
         }
 
     def show(self, name: str) -> str:
@@ -267,7 +270,8 @@ class Accelerator:
 
     def __repr__(self) -> str:
         """The call that makes the same choices again."""
-        values = {name: choice.value for name, choice in self.choices().items()}
+        arguments = inspect.signature(type(self)).parameters
+        values = {name: choice.value for name, choice in self.choices().items() if name in arguments}
         values["precision"] = self.precision.name
         if not is_distributed(self.strategy):
             values["strategy"] = "one_device"

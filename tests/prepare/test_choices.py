@@ -16,6 +16,7 @@ from tfaccel.prepare.execution import (
     choose_jit,
     choose_kernels,
     choose_steps_per_execution,
+    explain_replicas,
 )
 from tfaccel.prepare.precision import choose_precision
 from tfaccel.prepare.strategy import (
@@ -233,3 +234,29 @@ def test_batch_norm_choices():
     assert choose_batch_norm("local", mirrored()).value == "local"
     with pytest.raises(ValueError, match="batch_norm='global' is not usable"):
         choose_batch_norm("global", one)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "all_reduce"),
+    [
+        (tf.distribute.MirroredStrategy, CPU, "to one device"),
+        (tf.distribute.MirroredStrategy, TPU, "TensorFlow's"),
+        (tf.distribute.MultiWorkerMirroredStrategy, CPU, "ring"),
+        (tf.distribute.MultiWorkerMirroredStrategy, dataclasses.replace(CPU, kind="gpu"), "NCCL"),
+    ],
+)
+def test_the_all_reduce_and_the_batch_are_explained(strategy, devices, all_reduce):
+    class Four(strategy):
+        num_replicas_in_sync = 4
+
+        def __init__(self):
+            pass  # its devices are not asked for
+
+    explained = explain_replicas(Four(), devices)
+    assert explained["all_reduce"].value == all_reduce
+    assert explained["batch_size"].value == "global, 1/4 each"
+    assert "multiply it by 4" in explained["batch_size"].reason
+
+
+def test_one_replica_needs_no_explanation():
+    assert explain_replicas(default_strategy(), CPU) == {}

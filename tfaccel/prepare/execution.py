@@ -116,3 +116,27 @@ def choose_batch_norm(requested: str, strategy: tf.distribute.Strategy) -> Choic
     if strategy.num_replicas_in_sync == 1 or not is_replicated(strategy):
         return Choice("local", "there are no other replicas to take statistics from")
     return Choice("synchronized", "as one device: two small sums over the replicas in each layer and step")
+
+
+def explain_replicas(strategy: tf.distribute.Strategy, devices: Devices) -> dict[str, Choice]:
+    """What follows from several replicas: how gradients are summed, and whose batch `batch_size` is.
+
+    Returns:
+        Choices by name; none on one replica.
+    """
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        return {}
+    share = Choice(
+        f"global, 1/{replicas} each",
+        "batch_size counts the samples of all replicas, as on one device; for the same work on each, "
+        f"multiply it by {replicas} and tune the learning rate anew",
+    )
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        nccl = Choice("NCCL", "GPUs of several workers")
+        ring = Choice("ring", "bytes on each worker's link don't grow with the number of workers")
+        return {"all_reduce": nccl if devices.kind == "gpu" else ring, "batch_size": share}
+    if isinstance(strategy, tf.distribute.MirroredStrategy) and devices.kind == "cpu":
+        reason = "one memory; and TensorFlow's collectives on CPUs allow one strategy a process"
+        return {"all_reduce": Choice("to one device", reason), "batch_size": share}
+    return {"all_reduce": Choice("TensorFlow's", "it knows how the devices are linked"), "batch_size": share}
