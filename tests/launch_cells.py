@@ -4,7 +4,9 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -111,8 +113,55 @@ def restart(folder, name):
     ]
     data = accelerator.dataset(*images(), batch_size=16)
     model.fit(data, epochs=EPOCHS, verbose=2, callbacks=callbacks)
+    # A restored epoch must be gone in the next fit.
+    again = model.fit(data, epochs=2, verbose=0)
+    assert len(again.history["loss"]) == 2
     index = tfaccel.cluster.find_cluster(os.environ).index
     np.savez(folder / f"weights{index}.npz", *model.get_weights())
+
+
+def own_list(folder):
+    """Two fits with one `CallbackList` of the user's, and with validation."""
+    folder = pathlib.Path(folder)
+    accelerator = tfaccel.Accelerator(precision="float32")
+    model = build(accelerator)
+    backup = keras.callbacks.BackupAndRestore(folder / "backup")
+    writer = keras.callbacks.CSVLogger(folder / "log.csv", append=True)
+    callbacks = keras.callbacks.CallbackList([backup, writer], add_history=True, model=model)
+    x, y = images()
+    for _ in range(2):
+        model.fit(x, y, epochs=2, verbose=0, validation_data=(x, y), callbacks=callbacks)
+    return (folder / "log.csv").read_text()
+
+
+def leave():
+    sys.exit(0)
+
+
+def give_a_lock():
+    return threading.Lock()
+
+
+def fail_then_die():
+    """Raises in its first life, is killed in its second."""
+    if os.environ["TFACCEL_RESTART"] == "0":
+        raise KeyError("first life")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def late(folder):
+    tf.constant(1)
+    tfaccel.Accelerator()
+
+
+def parent(folder):
+    """Leaves a child behind that keeps the output open, and fails on the second worker."""
+    child = subprocess.Popen(["sleep", "60"])
+    index = tfaccel.cluster.find_cluster(os.environ).index
+    (folder / f"child{index}").write_text(str(child.pid))
+    if index == 1:
+        sys.exit(3)
+    time.sleep(60)
 
 
 def forever(folder):

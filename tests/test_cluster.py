@@ -52,6 +52,9 @@ def test_a_chief_of_its_own_comes_first(kind, index, number):
         (config(TWO, {"type": "boss", "index": 0}), "worker 0 to 1"),
         (config({"worker": ["a:1", "a:1"]}, {"type": "worker", "index": 0}), "two workers have one address"),
         (config({"worker": ["a:1", "b"]}, {"type": "worker", "index": 0}), "'b' is no host:port"),
+        (config({"worker": ["a:1", "b:70000"]}, {"type": "worker", "index": 0}), "'b:70000' is no host:port"),
+        (config(TWO, {"type": "worker", "index": True}), "worker 0 to 1"),
+        (config({**TWO, "evaluator": ["e:1"]}, {"type": "worker", "index": 0}), "nothing starts evaluators"),
         (config({**TWO, "ps": ["p:1"]}, {"type": "worker", "index": 0}), "parameter servers"),
         (
             {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n1"},

@@ -162,8 +162,23 @@ def test_a_job_goes_on_from_its_backup(undisturbed, tmp_path, name, said):
     assert epochs == ["epoch", *map(str, range(launch_cells.EPOCHS))]
 
 
-@pytest.mark.parametrize("to", ["worker", "launcher"])
-def test_sigterm_ends_the_job(tmp_path, to):
+def is_there(pid):
+    """Whether a process runs; one that has ended and that nobody has asked about counts as gone."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("to", "number"),
+    [
+        ("worker", signal.SIGTERM),
+        ("launcher", signal.SIGHUP),
+        ("launcher", signal.SIGKILL),
+    ],
+)
+def test_a_signal_ends_the_job(tmp_path, to, number):
     process = subprocess.Popen(command("forever", tmp_path), stderr=subprocess.PIPE, text=True)
     places = [tmp_path / f"pid{index}" for index in range(2)]
     for _ in range(600):
@@ -171,14 +186,25 @@ def test_sigterm_ends_the_job(tmp_path, to):
         if all(place.exists() and place.read_text() for place in places):
             break
     workers = [int(place.read_text()) for place in places]
-    os.kill(workers[1] if to == "worker" else process.pid, signal.SIGTERM)
+    os.kill(workers[1] if to == "worker" else process.pid, number)
     _, errors = process.communicate(timeout=NOTICED_S)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     if to == "worker":
         assert "worker 1 of 2 was ended by SIGTERM" in errors
-    for pid in workers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    for _ in range(50):
+        if not any(map(is_there, workers)):
+            return
+        time.sleep(0.1)
+    raise AssertionError("a worker has outlived its launcher")
+
+
+def test_what_a_failed_worker_started_ends_too(tmp_path):
+    begun = time.monotonic()
+    done = run("parent", tmp_path)
+    assert time.monotonic() - begun < NOTICED_S
+    assert done.returncode == 3
+    for index in range(2):
+        assert not is_there(int((tmp_path / f"child{index}").read_text()))
 
 
 def pair(case, folder, scripts=(SCRIPT, SCRIPT), only=(0, 1), timeout_s=30):
@@ -235,6 +261,45 @@ def test_bad_input_ends_the_job_before_its_first_step(tmp_path, case, said):
     assert done.returncode == 1
     assert said in done.stderr
     assert "ValueError" in done.stderr
+
+
+def test_a_callback_list_of_the_users_serves_two_fits(tmp_path):
+    text = launch.run(launch_cells.own_list, [str(tmp_path)], workers=2)
+    assert [line.split(",")[0] for line in text.splitlines()] == ["epoch", "0", "1", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("function", "restarts", "said"),
+    [
+        (launch_cells.leave, 0, "worker 0 ended without a result"),
+        (launch_cells.give_a_lock, 0, "what 'give_a_lock' returned can't be sent back"),
+        (launch_cells.fail_then_die, 1, "worker 0 of 1 was ended by SIGKILL"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_function_without_a_result_says_why(function, restarts, said):
+    with pytest.raises(launch.WorkerError, match=said):
+        launch.run(function, workers=1, max_restarts=restarts)
+
+
+def test_a_function_beside_the_script_is_found_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "beside.py").write_text("def answer():\n    return 42\n")
+    (tmp_path / "main.py").write_text(
+        "import beside, tfaccel\n"
+        "if __name__ == '__main__':\n"
+        "    print(tfaccel.launch.run(beside.answer, workers=1))\n"
+    )
+    monkeypatch.delenv("PYTHONPATH")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py")], cwd="/", capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1:] == ["42"], done.stderr
+
+
+def test_an_accelerator_that_comes_too_late_is_refused_at_once(tmp_path):
+    codes, outputs = pair("late", tmp_path, only=(0,))
+    assert codes == [1]
+    assert "ValueError: TensorFlow has run operations already" in outputs[0]
 
 
 def test_every_sample_is_seen_once_whatever_the_sharding_policy():

@@ -17,7 +17,7 @@ import keras
 import tfaccel
 from tfaccel import launch, scaling, terminal
 from tfaccel.archives import read_archive
-from tfaccel.cluster import START_TIMEOUT_S, find_cluster
+from tfaccel.cluster import find_cluster
 from tfaccel.demo.images import load_images
 from tfaccel.demo.run import run_demo
 from tfaccel.export.recipes import RECIPES
@@ -112,7 +112,9 @@ def _add_launch(commands) -> None:
     command.add_argument("--workers", type=int, required=True, metavar="N")
     command.add_argument("--engine", default="local", choices=(*launch.ENGINES, "kubernetes"))
     command.add_argument("--max-restarts", type=int, default=0, metavar="K", help="default: %(default)s")
-    command.add_argument("--start-timeout", type=float, default=START_TIMEOUT_S, metavar="SECONDS")
+    command.add_argument(
+        "--start-timeout", type=float, metavar="SECONDS", help="default: 30; in Kubernetes 600"
+    )
     pods = command.add_argument_group("kubernetes")
     pods.add_argument("--dry-run", action="store_true", help="print the manifest")
     pods.add_argument("--image", default="", help="container image with tfaccel and the script")
@@ -212,6 +214,7 @@ def _manifest(options: argparse.Namespace) -> str:
             "engine='kubernetes' starts nothing itself. Allowed: --dry-run, which prints the manifest. Pipe "
             "it to kubectl apply -f -."
         )
+    limit = options.start_timeout
     return kubernetes.manifest(
         ["python", options.script, *options.arguments],
         options.workers,
@@ -219,6 +222,7 @@ def _manifest(options: argparse.Namespace) -> str:
         name=options.name,
         gpus=options.gpus,
         max_restarts=options.max_restarts,
+        start_timeout_s=kubernetes.START_TIMEOUT_S if limit is None else limit,
     )
 
 

@@ -23,6 +23,7 @@ from tfaccel.errors import refuse
 
 START_TIMEOUT = "TFACCEL_START_TIMEOUT_S"  # how long workers wait for one another
 START_TIMEOUT_S = 30.0
+LONGEST_START_S = 86400.0
 FORM = '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
 
 
@@ -79,15 +80,12 @@ def _from_tf_config(text: str) -> Cluster | None:
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise refuse("TF_CONFIG", text, FORM, f"Correct or unset the variable ({error}).") from error
     if others:
-        raise refuse(
-            "TF_CONFIG",
-            text,
-            "jobs named chief and worker",
-            f"Leave {', '.join(others)} out: parameter servers can't drive model.fit in Keras 3.",
-        )
+        why = "parameter servers can't drive model.fit in Keras 3, and nothing starts evaluators"
+        remedy = f"Leave {', '.join(others)} out: {why}."
+        raise refuse("TF_CONFIG", text, "jobs named chief and worker", remedy)
     if len(addresses) < 2:
         return None
-    wrong = [each for each in addresses if not re.fullmatch(r"\S+:\d{1,5}", str(each))]
+    wrong = [each for each in addresses if not _is_address(str(each))]
     if wrong or len(set(addresses)) != len(addresses):
         what = f"{wrong[0]!r} is no host:port" if wrong else "two workers have one address"
         raise refuse("TF_CONFIG", text, FORM, f"Correct the addresses: {what}.")
@@ -100,12 +98,17 @@ def _task(task: Any, jobs: dict[str, list[str]], text: str) -> int:
     task = task if isinstance(task, dict) else {}
     kind, index = str(task.get("type")), task.get("index")
     count = len(jobs.get(kind, ()))
-    if not isinstance(index, int) or not 0 <= index < count:
+    if type(index) is not int or not 0 <= index < count:
         allowed = "a task of its cluster: " + ", ".join(
             f"{name} 0 to {len(addresses) - 1}" for name, addresses in jobs.items()
         )
         raise refuse("TF_CONFIG", text, allowed, 'Set "task" to this process\'s type and index.')
     return index + (len(jobs.get("chief", ())) if kind == "worker" else 0)
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(re.fullmatch(r"\S+", host)) and port.isdecimal() and 0 < int(port) < 65536
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Cluster:
@@ -134,7 +137,7 @@ def _from_kubernetes(environment: Mapping[str, str]) -> Cluster:
     chief = environment.get("TFACCEL_CHIEF", "")
     whole = all(value.isdigit() for value in values.values())
     size, index = (int(value) if whole else 0 for value in values.values())
-    if not index < size or not re.fullmatch(r"\S+:\d{1,5}", chief):
+    if not index < size or not _is_address(chief):
         raise refuse(
             "the environment of this Kubernetes job",
             {**values, "TFACCEL_CHIEF": chief},

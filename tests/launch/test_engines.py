@@ -5,6 +5,7 @@ import sys
 import threading
 
 import pytest
+import tensorflow as tf
 import yaml
 
 from tfaccel import launch
@@ -25,6 +26,7 @@ from tfaccel.launch.local import environment_shares
         ({"workers": 2, "engine": "mpi"}, "'local', 'ray', 'spark', 'slurm'"),
         ({"workers": 2, "max_restarts": -1}, "max_restarts=-1"),
         ({"workers": 2, "start_timeout_s": 0}, "start_timeout_s=0"),
+        ({"workers": 2, "start_timeout_s": float("inf")}, "start_timeout_s=inf"),
     ],
 )
 def test_bad_arguments_are_refused(options, said):
@@ -34,9 +36,9 @@ def test_bad_arguments_are_refused(options, said):
 
 
 def test_a_function_that_cannot_be_sent_is_refused():
-    lock = threading.Lock()
-    with pytest.raises(ValueError, match="can't be sent to the workers"):
-        launch.run(lambda: lock, workers=1)
+    for thing in (threading.Lock(), tf.data.Dataset.range(3)):
+        with pytest.raises(ValueError, match=r"can't be sent to the workers.*Allowed"):
+            launch.run(lambda thing=thing: thing, workers=1)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_a_function_that_cannot_be_sent_is_refused():
         (["--workers", "2", "missing.py"], "script='missing.py' can't be read"),
         (["--workers", "2", "--engine", "kubernetes", "x.py"], "--dry-run"),
         (["--workers", "2", "--engine", "kubernetes", "--dry-run", "x.py"], "image=''"),
+        (["--workers", "0", "--engine", "kubernetes", "--dry-run", "--image", "i", "x.py"], "workers=0"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, said):
@@ -74,14 +77,16 @@ def test_a_script_travels_as_text(tmp_path, capsys):
     packed = pack_script(str(script), ["--a", "b"])
     script.unlink()
     before = sys.argv
-    call(packed)
+    call(packed, wanted=True)
     assert capsys.readouterr().out == "__main__ ['--a', 'b']\n"
     assert sys.argv is before
 
 
 def test_a_closure_travels():
     offset = 4
-    assert unpack(call(pack(lambda x, *, y: x + y + offset, [1], {"y": 2}))) == 7
+    packed = pack(lambda x, *, y: x + y + offset, [1], {"y": 2})
+    assert unpack(call(packed, wanted=True)) == 7
+    assert call(packed, wanted=False) == b""
 
 
 def test_lines_get_the_number_of_their_worker(capsys):
@@ -97,6 +102,11 @@ def test_lines_get_the_number_of_their_worker(capsys):
 def test_workers_of_one_machine_share_its_gpus():
     shares = environment_shares({"CUDA_VISIBLE_DEVICES": "0,2,5,7"}, 2)
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["0,2", "5,7"]
+
+
+def test_more_workers_than_gpus_are_refused():
+    with pytest.raises(ValueError, match=r"workers=2.*at most 1"):
+        environment_shares({"CUDA_VISIBLE_DEVICES": "0"}, 2)
 
 
 def test_workers_of_one_machine_share_its_cores():
@@ -127,6 +137,14 @@ def test_the_manifest_is_an_indexed_job_whose_pods_find_one_another():
     assert all(isinstance(value, str) for value in environment.values())
     found = find_cluster({**environment, "JOB_COMPLETION_INDEX": "2"})  # which Kubernetes adds
     assert (found.size, found.index, found.chief) == (3, 2, "fit-0.fit:8470")
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": 0}, {"gpus": -1}, {"max_restarts": -3}, {"start_timeout_s": 0.0}]
+)
+def test_a_manifest_with_numbers_out_of_range_is_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.*Allowed"):
+        manifest(["python"], **{"workers": 2, "image": "x", **options})
 
 
 @pytest.mark.parametrize("name", ["", "Fit", "1fit", "fit_1", "-fit", "f" * 60])

@@ -38,6 +38,7 @@ from tfaccel.keras_fixes.replica_step import (
     is_replicated,
 )
 from tfaccel.keras_fixes.replica_xla import compiled_on_replica
+from tfaccel.keras_fixes.restored_epoch import forget_restored_epoch
 from tfaccel.keras_fixes.workers import is_multi_worker, same_order
 
 Report = MutableMapping[str, str]
@@ -177,6 +178,8 @@ class Kernels:
         grows = self._settings.growing_calls and not watches_batches(loop.get("callbacks"))
         function.length = CallLength(epoch_iterator.steps_per_execution, grows)
         if not hasattr(epoch_iterator, CLOCK_ATTRIBUTE):  # `fit` keeps that of its validation
+            if kind == "train":
+                forget_restored_epoch(model)
             if kind == "train" and not self.replicated:
                 build_state(model, epoch_iterator._distributed_dataset.element_spec)
             epoch_iterator.resident_data = self._resident_data(epoch_iterator, loop)

@@ -54,14 +54,13 @@ def only_chief_writes(callbacks: Any, strategy: tf.distribute.Strategy) -> None:
         return
     chief = strategy.extended.should_checkpoint
     kept: list[keras.callbacks.Callback] = []
+    already = [each.backup for each in callbacks.callbacks if isinstance(each, RestoredByChief)]
     for callback in callbacks.callbacks:
-        if isinstance(callback, RestoredByChief):
-            continue
         if chief:
             check_writable(callback)
         if chief or not (isinstance(callback, _WRITERS) or getattr(callback, ATTRIBUTE, False)):
             kept.append(callback)
-        if isinstance(callback, keras.callbacks.BackupAndRestore):
+        if isinstance(callback, keras.callbacks.BackupAndRestore) and callback not in already:
             if not chief:
                 kept.pop()
             restored = RestoredByChief(callback, chief)
@@ -80,13 +79,13 @@ class RestoredByChief(keras.callbacks.Callback):
 
     def __init__(self, backup: keras.callbacks.BackupAndRestore, chief: bool):
         super().__init__()
-        self._backup = backup
+        self.backup = backup
         self._chief = chief
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """After the backup was loaded, before the first step; all workers come here."""
         model = self.model
-        found = self._chief and file_utils.exists(self._backup._weights_path)
+        found = self._chief and file_utils.exists(self.backup._weights_path)
         state = tf.constant([int(found), model._initial_epoch or 0] if self._chief else [0, 0])
         found, epoch = from_first_worker(model.distribute_strategy, [state])[0].numpy()
         if not found:

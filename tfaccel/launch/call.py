@@ -11,32 +11,57 @@ import pathlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pickle import PicklingError
 from typing import Any
 
 import cloudpickle
+import tensorflow as tf
 
 
 def pack(
     function: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
 ) -> bytes:
-    """The call as bytes.
+    """The call as bytes, with the folders that Python looks for modules in.
 
     Raises:
         ValueError: Something in it can't be sent to another process.
     """
+    inner = _dump((function, tuple(args), dict(kwargs or {})), _name(function), "sent to the workers")
+    return cloudpickle.dumps((sys.path, inner))
+
+
+def call(packed: bytes, wanted: bool) -> bytes:
+    """Runs a call that was packed.
+
+    Args:
+        packed: From `pack`.
+        wanted: Whether the result is; only the chief's goes back.
+
+    Returns:
+        The result, packed; or nothing.
+
+    Raises:
+        ValueError: The result can't be sent back.
+    """
+    path, inner = cloudpickle.loads(packed)
+    sys.path.extend(folder for folder in path if folder not in sys.path)
+    function, args, kwargs = cloudpickle.loads(inner)
+    result = function(*args, **kwargs)
+    return _dump(result, f"what {_name(function)} returned", "sent back") if wanted else b""
+
+
+def _dump(value: Any, name: str, where: str) -> bytes:
     try:
-        return cloudpickle.dumps((function, tuple(args), dict(kwargs or {})))
-    except (TypeError, AttributeError, ValueError, RecursionError) as error:
+        return cloudpickle.dumps(value)
+    except (TypeError, AttributeError, ValueError, RecursionError, PicklingError, tf.errors.OpError) as error:
         raise ValueError(
-            f"{getattr(function, '__name__', function)!r} can't be sent to the workers: {error}. Allowed: a "
-            "function and arguments that can be pickled. Build models and data sets inside of the function."
+            f"{name} can't be {where}: {error}. Allowed: what can be pickled, such as numbers, arrays and "
+            "Keras models. Make data sets, locks and files inside of the function."
         ) from error
 
 
-def call(packed: bytes) -> bytes:
-    """Runs a call that was packed; its result, packed."""
-    function, args, kwargs = cloudpickle.loads(packed)
-    return cloudpickle.dumps(function(*args, **kwargs))
+def _name(function: Callable) -> str:
+    return repr(getattr(function, "__name__", function))
 
 
 def unpack(result: bytes) -> Any:
@@ -55,9 +80,14 @@ def words(index: int, error: BaseException) -> str:
     return f"worker {index} raised {type(error).__name__}: {error}"
 
 
-def failure(folder: pathlib.Path) -> str:
-    """What the worker that failed first said; empty where none could."""
-    said = sorted(folder.glob("failure-*"), key=lambda path: path.stat().st_mtime_ns)
+def failure(folder: pathlib.Path, attempt: int) -> str:
+    """What the worker that failed first said; empty where none could.
+
+    Args:
+        folder: Of the call.
+        attempt: The number of restarts before.
+    """
+    said = sorted(folder.glob(f"failure-{attempt}-*"), key=lambda path: path.stat().st_mtime_ns)
     return said[0].read_text() if said else ""
 
 

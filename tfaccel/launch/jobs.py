@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tfaccel.cluster import START_TIMEOUT, START_TIMEOUT_S
+from tfaccel.cluster import LONGEST_START_S, START_TIMEOUT
 from tfaccel.errors import refuse
 from tfaccel.launch.call import failure, pack, pack_script, read_script, unpack, worker_command
 from tfaccel.launch.errors import WorkerError
@@ -28,7 +28,7 @@ def run(
     workers: int,
     engine: str = "local",
     max_restarts: int = 0,
-    start_timeout_s: float = START_TIMEOUT_S,
+    start_timeout_s: float | None = None,
 ) -> Any:
     """Runs a function on several workers at once, and returns what it returned on the first, the chief.
 
@@ -44,7 +44,8 @@ def run(
         engine: `"local"` (processes of this machine), `"ray"`, `"spark"` or `"slurm"`. Default `"local"`.
         max_restarts: How often all workers are started again after one has failed. With
             `keras.callbacks.BackupAndRestore` they go on from the last epoch. Default 0.
-        start_timeout_s: How long workers wait for one another, in seconds. Default 30.
+        start_timeout_s: How long workers wait for one another, in seconds. Default: what the variable
+            `TFACCEL_START_TIMEOUT_S` says, or 30.
 
     Returns:
         The chief's result.
@@ -62,7 +63,7 @@ def run(
         `torchrun` (PyTorch, 2022) and `TorchDistributor` (Spark, 2023) do the same for PyTorch.
     """
     _check(workers, engine, max_restarts, start_timeout_s)
-    report, environment = _reporter(), {START_TIMEOUT: f"{start_timeout_s:g}"}
+    report, environment = _reporter(), _start_timeout(start_timeout_s)
     packed = pack(function, args, kwargs)
     return unpack(_run_packed(packed, workers, engine, max_restarts, environment, report))
 
@@ -74,7 +75,7 @@ def run_script(
     workers: int,
     engine: str = "local",
     max_restarts: int = 0,
-    start_timeout_s: float = START_TIMEOUT_S,
+    start_timeout_s: float | None = None,
 ) -> None:
     """Runs a script on several workers at once: `tfaccel launch` does this.
 
@@ -100,7 +101,7 @@ def run_script(
         As for `run`.
     """
     _check(workers, engine, max_restarts, start_timeout_s)
-    report, environment = _reporter(), {"TFACCEL_START_TIMEOUT_S": f"{start_timeout_s:g}"}
+    report, environment = _reporter(), _start_timeout(start_timeout_s)
     if engine in ("ray", "spark"):
         _run_packed(pack_script(path, arguments), workers, engine, max_restarts, environment, report)
         return
@@ -134,7 +135,9 @@ def _run_packed(
         try:
             run_command(command, workers, environment={**os.environ, **environment}, **options)
         except WorkerError as error:
-            raise WorkerError(failure(folder) or str(error), error.exit_code) from error
+            raise WorkerError(failure(folder, max_restarts) or str(error), error.exit_code) from error
+        if not (folder / "result").exists():
+            raise WorkerError("worker 0 ended without a result: its function left the process")
         return (folder / "result").read_bytes()
 
 
@@ -145,15 +148,23 @@ def _folder(engine: str) -> Iterator[pathlib.Path]:
         yield pathlib.Path(name).absolute()
 
 
-def _check(workers: int, engine: str, max_restarts: int, start_timeout_s: float) -> None:
+def _check(workers: int, engine: str, max_restarts: int, start_timeout_s: float | None) -> None:
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise refuse("workers", workers, "a whole number, 1 or more", "Say how many processes are to train.")
     if engine not in ENGINES:
         raise refuse("engine", engine, ", ".join(map(repr, ENGINES)), "Choose one of them.")
     if not isinstance(max_restarts, int) or max_restarts < 0:
         raise refuse("max_restarts", max_restarts, "a whole number, 0 or more", "Leave it out for none.")
-    if not start_timeout_s > 0:
-        raise refuse("start_timeout_s", start_timeout_s, "seconds above 0", "Leave it out for 30.")
+    if start_timeout_s is not None and not 0 < start_timeout_s <= LONGEST_START_S:
+        raise refuse(
+            "start_timeout_s", start_timeout_s, "seconds above 0, at most a day", "Leave it out for 30."
+        )
+
+
+def _start_timeout(seconds: float | None) -> dict[str, str]:
+    """The variable that tells workers; they may be on other machines, without this one's environment."""
+    text = os.environ.get(START_TIMEOUT) if seconds is None else f"{seconds:g}"
+    return {} if text is None else {START_TIMEOUT: text}
 
 
 def _reporter() -> Callable[[str], None]:

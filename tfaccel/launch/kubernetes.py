@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from tfaccel.cluster import START_TIMEOUT
+from tfaccel.cluster import LONGEST_START_S, START_TIMEOUT
 from tfaccel.errors import refuse
 
 PORT = 8470  # where the chief awaits the others
@@ -76,6 +76,7 @@ def manifest(
     name: str = "tfaccel",
     gpus: int = 0,
     max_restarts: int = 0,
+    start_timeout_s: float = START_TIMEOUT_S,
 ) -> str:
     """The YAML of a service and a job.
 
@@ -86,10 +87,20 @@ def manifest(
         name: Of service and job.
         gpus: NVIDIA GPUs of each pod.
         max_restarts: How often all workers may fail and start again.
+        start_timeout_s: How long workers wait for one another, in seconds.
 
     Raises:
-        ValueError: A name that Kubernetes does not take, or no image.
+        ValueError: A name that Kubernetes does not take, no image, or a number out of range.
     """
+    for argument, value, least in (
+        ("workers", workers, 1),
+        ("gpus", gpus, 0),
+        ("max_restarts", max_restarts, 0),
+    ):
+        if value < least:
+            raise refuse(argument, value, f"a whole number, {least} or more", "Correct it.")
+    if not 0 < start_timeout_s <= LONGEST_START_S:
+        raise refuse("start_timeout_s", start_timeout_s, "seconds above 0, at most a day", "Correct it.")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?", name):
         raise refuse(
             "name", name, "small letters, digits and '-', at most 52 of them", "Choose another --name."
@@ -104,6 +115,6 @@ def manifest(
         command=json.dumps(list(command)),
         port=PORT,
         timeout_name=START_TIMEOUT,
-        timeout=START_TIMEOUT_S,
+        timeout=f"{start_timeout_s:g}",
         resources=_GPUS.format(gpus=gpus) if gpus else "",
     )

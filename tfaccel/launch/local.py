@@ -15,13 +15,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
 from tfaccel.cluster import tf_config
+from tfaccel.errors import refuse
 from tfaccel.launch.errors import WorkerError
+from tfaccel.launch.signals import ends_with_parent, signal_name, signals_end
 
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
+OUTPUT_S = 2.0  # for the last lines, when a worker has ended
 POLL_S = 0.05
 HOST = "127.0.0.1"
 
@@ -45,11 +48,11 @@ def run_processes(
 
     Raises:
         WorkerError: A worker failed, and there was no restart left.
-        SystemExit: This process was told to end by SIGTERM; the workers have ended.
+        SystemExit: This process was told to end by SIGTERM or SIGHUP; the workers have ended.
     """
     for attempt in range(max_restarts + 1):
         try:
-            with _sigterm_ends():
+            with signals_end():
                 _run_once(command, workers, environment, attempt)
             return
         except WorkerError as error:
@@ -61,12 +64,13 @@ def run_processes(
 def _run_once(command: Sequence[str], workers: int, environment: Mapping[str, str], attempt: int) -> None:
     addresses = [f"{HOST}:{port}" for port in free_ports(workers)]
     shares = environment_shares(environment, workers)
-    processes, readers = [], []
+    processes: list[subprocess.Popen] = []
+    readers: list[threading.Thread] = []
     try:
         for index in range(workers):
             own = {**environment, **shares[index], "TF_CONFIG": tf_config(addresses, index)}
             process = subprocess.Popen(
-                command,
+                ends_with_parent(command, os.getpid()),
                 env={**own, "TFACCEL_RESTART": str(attempt), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -79,10 +83,14 @@ def _run_once(command: Sequence[str], workers: int, environment: Mapping[str, st
                 reader.start()
                 readers.append(reader)
         _wait(processes)
-    finally:
+    except BaseException:
         _end(processes)
+        raise
+    finally:
+        # A child of a worker may keep its output open for as long as it lives.
+        deadline = time.monotonic() + OUTPUT_S
         for reader in readers:
-            reader.join(timeout=GRACE_S)
+            reader.join(max(0.0, deadline - time.monotonic()))
 
 
 def _wait(processes: Sequence[subprocess.Popen]) -> None:
@@ -101,10 +109,13 @@ def _wait(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def _what_happened(index: int, code: int, processes: Sequence[subprocess.Popen]) -> str:
-    end = f"exited with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-    frozen = [str(i) for i, process in enumerate(processes) if _is_stopped(process.pid)]
-    why = f"; worker {', '.join(frozen)} is frozen (stopped by a signal)" if frozen else ""
-    return f"worker {index} of {len(processes)} {end}{why}"
+    end = f"exited with code {code}" if code > 0 else f"was ended by {signal_name(-code)}"
+    states = {
+        "is frozen (stopped by a signal)": [i for i, each in enumerate(processes) if _is_stopped(each.pid)],
+        "had ended before, with code 0": [i for i, each in enumerate(processes) if each.returncode == 0],
+    }
+    others = [f"; worker {', '.join(map(str, who))} {state}" for state, who in states.items() if who]
+    return f"worker {index} of {len(processes)} {end}{''.join(others)}"
 
 
 def _is_stopped(pid: int) -> bool:
@@ -117,22 +128,24 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
-    """SIGTERM, and SIGKILL for those that take too long."""
-    for process in processes:
-        _signal(process, signal.SIGTERM)
-        _signal(process, signal.SIGCONT)  # a stopped process would not see it
-    deadline = time.monotonic() + GRACE_S
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _signal(process, signal.SIGKILL)
+    """SIGTERM, and SIGKILL for those that take too long or when there is a second reason to hurry."""
+    try:
+        for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process would not see the first
+            _signal(processes, number)
+        deadline = time.monotonic() + GRACE_S
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        _signal(processes, signal.SIGKILL)
+        for process in processes:
             process.wait()
 
 
-def _signal(process: subprocess.Popen, number: int) -> None:
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
+def _signal(processes: Sequence[subprocess.Popen], number: int) -> None:
+    """To the workers and what they have started."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
 
 
@@ -149,27 +162,11 @@ def copy_output(stream: IO[bytes] | None, output: IO[str], index: int) -> None:
     """
     with stream or contextlib.nullcontext(()) as lines:
         for line in lines:
-            text = line.decode(errors="replace").rstrip("\r\n")
+            text = f"[worker {index}] {line.decode(errors='replace').rstrip()}\n"
+            encoding = getattr(output, "encoding", None) or "utf-8"
             with _writing:
-                output.write(f"[worker {index}] {text}\n")
+                output.write(text.encode(encoding, "replace").decode(encoding))
                 output.flush()
-
-
-@contextlib.contextmanager
-def _sigterm_ends() -> Iterator[None]:
-    """Turns SIGTERM into an exception while the block lasts, so that the workers are ended too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def free_ports(count: int) -> list[int]:
@@ -190,9 +187,19 @@ def environment_shares(environment: Mapping[str, str], workers: int) -> list[dic
     Args:
         environment: What is set there by the user is left alone.
         workers: How many share the machine.
+
+    Raises:
+        ValueError: There are fewer GPUs than workers: two can't sum their gradients on one.
     """
     gpus = _gpus(environment)
-    if len(gpus) >= workers:
+    if 0 < len(gpus) < workers:
+        raise refuse(
+            "workers",
+            workers,
+            f"at most {len(gpus)}, one for each GPU",
+            "Start fewer, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU.",
+        )
+    if gpus:
         each = len(gpus) // workers
         parts = [gpus[i * each : (i + 1) * each] for i in range(workers)]
         return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]

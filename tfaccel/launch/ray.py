@@ -7,7 +7,6 @@ Reference:
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,20 +50,17 @@ def run_on_ray(packed: bytes, workers: int, *, environment: Mapping[str, str], m
         mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).remote()  # type: ignore[attr-defined]
         config = {"packed": packed, "environment": dict(environment), "mailbox": mailbox}
         use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = TensorflowTrainer(
-                _loop,
-                train_loop_config=config,
-                scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-                run_config=RunConfig(
-                    storage_path=folder, failure_config=FailureConfig(max_failures=max_restarts)
-                ),
-            )
-            try:
-                trainer.fit()
-            except ray.train.TrainingFailedError as error:
-                said: Any = ray.get(mailbox.take.remote())
-                raise WorkerError(said[1] or str(error).strip()) from error
+        trainer = TensorflowTrainer(
+            _loop,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+            run_config=RunConfig(failure_config=FailureConfig(max_failures=max_restarts)),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            said: Any = ray.get(mailbox.take.remote())
+            raise WorkerError(said[1] or str(error).strip()) from error
         result: Any = ray.get(mailbox.take.remote())
         return result[0]
     finally:
@@ -97,7 +93,7 @@ def _loop(config: dict) -> None:
     index = ray.train.get_context().get_world_rank()
     try:
         with prefixed(index):
-            result = call(config["packed"])
+            result = call(config["packed"], wanted=index == 0)
     except BaseException as error:
         ray.get(config["mailbox"].fail.remote(words(index, error)))
         raise

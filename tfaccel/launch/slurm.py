@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 
 from tfaccel.launch.errors import WorkerError
+from tfaccel.launch.signals import signals_end
 
 
 def run_step(
@@ -45,9 +46,10 @@ def run_step(
             step, env={**environment, "TFACCEL_RESTART": str(attempt), "PYTHONUNBUFFERED": "1"}
         )
         try:
-            code = process.wait()
+            with signals_end():
+                code = process.wait()
         except BaseException:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)  # srun ends its tasks
             process.wait()
             raise
         if code == 0:

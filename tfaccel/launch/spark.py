@@ -89,9 +89,8 @@ def _task(packed: bytes, environment: Mapping[str, str]) -> Callable[[Iterable[i
             process = subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             copy_output(process.stdout, sys.stderr, index)
             if process.wait() != 0:
-                raise RuntimeError(
-                    failure(pathlib.Path(folder)) or f"worker {index} ended: {process.returncode}"
-                )
+                said = failure(pathlib.Path(folder), int(own["TFACCEL_RESTART"]))
+                raise RuntimeError(said or f"worker {index} ended with code {process.returncode}")
             result = pathlib.Path(folder, "result")
             if result.exists():
                 yield result.read_bytes()

@@ -21,9 +21,10 @@ def main(folder: pathlib.Path) -> None:
     cluster = find_cluster(os.environ)
     index = 0 if cluster is None else cluster.index
     try:
-        result = call((folder / "call").read_bytes())
+        result = call((folder / "call").read_bytes(), wanted=index == 0)
     except BaseException as error:
-        _write(folder / f"failure-{index}", words(index, error).encode())
+        attempt = os.environ.get("TFACCEL_RESTART", "0")
+        _write(folder / f"failure-{attempt}-{index}", words(index, error).encode())
         raise
     if index == 0:
         _write(folder / "result", result)

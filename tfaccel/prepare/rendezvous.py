@@ -3,8 +3,8 @@
 `MultiWorkerMirroredStrategy` blocks in its constructor until all peers are there: over 600 s were seen with
 one missing, in C++, where neither Ctrl-C nor SIGTERM arrives. So the workers meet first, in Python and with a
 time limit: the chief listens, the others connect and say who they are; it compares, and answers all of them
-with what they have in common. A worker that is missing, differs in script or versions, or has no free port
-becomes an error with its name.
+at once with what they have in common. A worker that is missing, differs in script or versions, or has no free
+port becomes an error with its name.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
-import secrets
+import selectors
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
-from tfaccel.cluster import START_TIMEOUT, START_TIMEOUT_S, Cluster
+from tfaccel.cluster import LONGEST_START_S, START_TIMEOUT, START_TIMEOUT_S, Cluster
+from tfaccel.errors import refuse
 
 LONGEST_MESSAGE = 1 << 20
+LINGER_S = 2.0  # how long the chief goes on to tell late workers what is wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +38,22 @@ class Meeting:
 
     Args:
         addresses: "host:port" of all, chief first, each port free a moment ago.
-        seed: A random number, the same for all.
+        shared: What the chief handed round.
     """
 
     addresses: tuple[str, ...]
-    seed: int
+    shared: Any
 
 
-def meet(cluster: Cluster, facts: dict[str, Any], timeout_s: float = START_TIMEOUT_S) -> Meeting:
+def meet(
+    cluster: Cluster, facts: dict[str, Any], shared: Any = None, timeout_s: float = START_TIMEOUT_S
+) -> Meeting:
     """Waits for all workers of the cluster; every one of them calls this.
 
     Args:
         cluster: Of this worker.
         facts: What must be equal for all, by name.
+        shared: What all are to get if this is the chief; of JSON's types.
         timeout_s: How long to wait for the others, in seconds.
 
     Raises:
@@ -56,12 +62,14 @@ def meet(cluster: Cluster, facts: dict[str, Any], timeout_s: float = START_TIMEO
     """
     deadline = time.monotonic() + timeout_s
     port = int(cluster.addresses[cluster.index].rpartition(":")[2]) if cluster.addresses else 0
-    chief_port = int(cluster.chief.rpartition(":")[2])
     with contextlib.ExitStack() as stack:
         if cluster.index == 0:
-            listener = stack.enter_context(_listen(chief_port))
+            listener = stack.enter_context(_listen(int(cluster.chief.rpartition(":")[2])))
             own = listener if cluster.addresses else stack.enter_context(_listen(0))
-            return _receive(cluster, facts, listener, own.getsockname()[1], deadline, timeout_s)
+            callers = stack.enter_context(contextlib.closing(_Callers(listener)))
+            desk = _Desk(cluster, facts, own.getsockname()[1])
+            _gather(desk, callers, deadline, timeout_s)
+            return _agreed(_answer(desk, callers, shared))
         own = stack.enter_context(_listen(port))
         hello = {"index": cluster.index, "port": own.getsockname()[1], "facts": facts}
         return _introduce(cluster, hello, deadline, timeout_s)
@@ -69,32 +77,32 @@ def meet(cluster: Cluster, facts: dict[str, Any], timeout_s: float = START_TIMEO
 
 def facts_of_this_process(cluster: Cluster) -> dict[str, Any]:
     """What all workers must have in common: versions, script, and the cluster itself."""
-    versions = {name: metadata.version(name) for name in ("tfaccel", "keras", "tensorflow")}
+    facts: dict[str, Any] = {name: metadata.version(name) for name in ("tfaccel", "keras", "tensorflow")}
     script = getattr(sys.modules["__main__"], "__file__", None)
     with contextlib.suppress(OSError, TypeError):
         digest = hashlib.sha256(pathlib.Path(script).read_bytes()).hexdigest()[:12]  # type: ignore[arg-type]
-        versions["script"] = f"{pathlib.Path(script).name} ({digest})"  # type: ignore[arg-type]
-    python = ".".join(platform.python_version_tuple()[:2])
-    return versions | {"python": python, "cluster": [cluster.size, *cluster.addresses]}
+        facts["script"] = f"{pathlib.Path(script).name} ({digest})"  # type: ignore[arg-type]
+    facts["python"] = ".".join(platform.python_version_tuple()[:2])
+    return facts | {"cluster": [cluster.source, cluster.size, *cluster.addresses]}
 
 
 def start_timeout_s() -> float:
     """The time limit that the launcher asked for, or the default.
 
     Raises:
-        ValueError: It is no positive number.
+        ValueError: It is no number of seconds.
     """
     text = os.environ.get(START_TIMEOUT, str(START_TIMEOUT_S))
     with contextlib.suppress(ValueError):
-        if float(text) > 0:
+        if 0 < float(text) <= LONGEST_START_S and math.isfinite(float(text)):
             return float(text)
-    raise ValueError(
-        f"{START_TIMEOUT}={text!r} is not usable. Allowed: seconds above 0. Correct or unset it."
-    )
+    raise refuse(START_TIMEOUT, text, "seconds above 0, at most a day", "Correct or unset the variable.")
 
 
 def _listen(port: int) -> socket.socket:
     try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", port))
     except OSError as error:
         raise ValueError(
@@ -103,104 +111,189 @@ def _listen(port: int) -> socket.socket:
         ) from error
 
 
-def _receive(
-    cluster: Cluster, facts: dict, listener: socket.socket, port: int, deadline: float, timeout_s: float
-) -> Meeting:
-    """The chief's part: collects all, compares, and answers."""
-    addresses = {0: f"{cluster.chief.rpartition(':')[0]}:{port}"}
-    problem = ""
-    with contextlib.ExitStack() as stack:
-        connections = []
-        while len(addresses) < cluster.size and not problem:
-            arrived = _accept(listener, deadline)
-            if arrived is None:
-                missing = sorted(set(range(cluster.size)) - set(addresses))
-                problem = _did_not_start(cluster, missing, timeout_s)
-                break
-            connection, hello, host = arrived
-            connections.append(stack.enter_context(connection))
-            index = hello["index"]
-            problem = _difference(cluster, facts, hello, index in addresses)
-            # On the chief's machine a worker comes from an address that the others can't reach.
-            host = addresses[0].rpartition(":")[0] if host.startswith(("127.", "::1")) else host
-            addresses[index] = f"{host}:{hello['port']}"
-        ordered = cluster.addresses or [addresses.get(i, "") for i in range(cluster.size)]
-        answer = {"problem": problem, "addresses": ordered, "seed": secrets.randbelow(2**31)}
-        for connection in connections:
-            with contextlib.suppress(OSError):  # its own error says why it is gone
-                _send(connection, answer)
-    return _agreed(answer)
+class _Callers:
+    """The connections to the chief: nobody can hold it up, and it notices who goes away.
+
+    Args:
+        listener: Where they come in.
+    """
+
+    def __init__(self, listener: socket.socket):
+        self._listener = listener
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._received: dict[socket.socket, bytes] = {}
+        self.hosts: dict[socket.socket, str] = {}
+
+    def poll(self, seconds: float) -> Iterator[tuple[socket.socket, Any]]:
+        """What arrives within that time: connections with their message, or with None when they end."""
+        for key, _ in self._selector.select(seconds):
+            if key.fileobj is self._listener:
+                connection, address = self._listener.accept()
+                connection.setblocking(False)
+                self._selector.register(connection, selectors.EVENT_READ)
+                self._received[connection] = b""
+                self.hosts[connection] = address[0].removeprefix("::ffff:")
+                continue
+            connection = cast(socket.socket, key.fileobj)
+            try:
+                data = connection.recv(1 << 16)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            self._received[connection] += data
+            whole, ended, _ = self._received[connection].partition(b"\n")
+            if ended:
+                self._received[connection] = b""
+                yield connection, _decode(whole)
+            elif not data or len(whole) > LONGEST_MESSAGE:
+                self.drop(connection)
+                yield connection, None
+
+    def tell(self, connection: socket.socket, message: dict) -> None:
+        """Sends a message; who is gone already needs none."""
+        with contextlib.suppress(OSError):
+            connection.settimeout(LINGER_S)
+            _send(connection, message)
+
+    def drop(self, connection: socket.socket) -> None:
+        """Ends a connection."""
+        if self._received.pop(connection, None) is not None:
+            self._selector.unregister(connection)
+            connection.close()
+
+    def close(self) -> None:
+        """Ends all."""
+        for connection in list(self._received):
+            self.drop(connection)
+        self._selector.close()
 
 
-def _accept(listener: socket.socket, deadline: float) -> tuple[socket.socket, dict, str] | None:
-    """The next worker that says hello as we do; None when time is up."""
-    for left in _until(deadline):
-        listener.settimeout(left)
-        try:
-            connection, address = listener.accept()
-        except TimeoutError:
-            return None
-        connection.settimeout(min(left, 2.0))
-        try:
-            hello = _read(connection)
-            if {"index", "port", "facts"} <= set(hello):
-                return connection, hello, address[0]
-        except (OSError, ValueError):
-            pass  # somebody else: a port scanner, a health check
-        connection.close()
-    return None
+@dataclasses.dataclass
+class _Desk:
+    """What the chief knows: who is there, and what is wrong."""
 
+    cluster: Cluster
+    facts: dict[str, Any]
+    port: int
+    present: dict[int, tuple[socket.socket, int]] = dataclasses.field(default_factory=dict)
+    greeted: list[socket.socket] = dataclasses.field(default_factory=list)
+    problem: str = ""
 
-def _difference(cluster: Cluster, facts: dict, hello: dict, twice: bool) -> str:
-    index = hello["index"]
-    if twice or not 0 < index < cluster.size:
-        return (
-            f"Two processes say that they are worker {index} of {cluster.size}. Allowed: one process for "
-            "each task. Give each its own index."
-        )
-    for name in sorted({*facts, *hello["facts"]}):
-        ours, theirs = facts.get(name), hello["facts"].get(name)
-        if ours != theirs:
+    def missing(self) -> list[int]:
+        return sorted(set(range(1, self.cluster.size)) - set(self.present))
+
+    def hear(self, connection: socket.socket, message: Any) -> bool:
+        """Takes a caller's message, or its end; False for one who is no worker of this job."""
+        if message is None:
+            here = {
+                index: (who, port) for index, (who, port) in self.present.items() if who is not connection
+            }
+            self.present = here
+            return True
+        if not _is_hello(message):
+            return False
+        index, job = message["index"], message["facts"].get("cluster")
+        ours = self.facts.get("cluster")
+        if job and ours and job[0] != ours[0]:
+            return False  # of another job, at a port that both have
+        if index in self.present and _is_gone(self.present[index][0]):
+            del self.present[index]  # it ended, and was started again
+        self.problem = self.problem or self._difference(message)
+        self.present[index] = (connection, message["port"])
+        self.greeted.append(connection)
+        return True
+
+    def _difference(self, hello: dict) -> str:
+        index, size = hello["index"], self.cluster.size
+        if index in self.present or not 0 < index < size:
             return (
-                f"The workers differ in {name}: {ours} on worker 0, {theirs} on worker {index}. Allowed: the "
-                "same script and versions everywhere. Bring them to one state."
+                f"Two processes say that they are worker {index} of {size}. Allowed: one process for each "
+                "task. Give each its own index."
             )
-    return ""
+        for name in sorted({*self.facts, *hello["facts"]}):
+            ours, theirs = self.facts.get(name), hello["facts"].get(name)
+            if ours != theirs:
+                return (
+                    f"The workers differ in {name}: {ours} on worker 0, {theirs} on worker {index}. Allowed: "
+                    "the same script and versions everywhere. Bring them to one state."
+                )
+        return ""
+
+
+def _gather(desk: _Desk, callers: _Callers, deadline: float, timeout_s: float) -> None:
+    """Hears callers until all are there, or something is wrong; then a little longer: all are to learn it."""
+    for left in _until(deadline):
+        for connection, message in callers.poll(left):
+            if not desk.hear(connection, message):
+                callers.drop(connection)
+        if desk.problem:
+            deadline = min(deadline, time.monotonic() + LINGER_S)
+            for left in _until(deadline):
+                for connection, message in callers.poll(left):
+                    desk.hear(connection, message)
+            return
+        if not desk.missing():
+            for connection, message in callers.poll(0):  # somebody may have gone meanwhile
+                desk.hear(connection, message)
+        if not desk.missing():
+            return
+    desk.problem = _did_not_start(desk.cluster, desk.missing(), timeout_s)
+
+
+def _answer(desk: _Desk, callers: _Callers, shared: Any) -> dict:
+    """Tells all who are there what was found, and gives it back."""
+    chief = desk.cluster.chief.rpartition(":")[0]
+    addresses = list(desk.cluster.addresses) or [f"{chief}:{desk.port}"]
+    for index in range(len(addresses), desk.cluster.size):
+        connection, port = desk.present.get(index, (None, 0))
+        host = callers.hosts[connection] if connection else ""
+        # On the chief's machine a worker comes from an address that the others can't reach.
+        host = chief if host == "::1" or host.startswith("127.") else host
+        addresses.append(f"[{host}]:{port}" if ":" in host.strip("[]") else f"{host}:{port}")
+    answer = {"problem": desk.problem, "addresses": addresses, "shared": shared}
+    for connection in desk.greeted:
+        callers.tell(connection, answer)
+    return answer
 
 
 def _introduce(cluster: Cluster, hello: dict, deadline: float, timeout_s: float) -> Meeting:
     """The part of a worker that is not the chief."""
+    problem = _did_not_start(cluster, [0], timeout_s)
+    host, _, port = cluster.chief.rpartition(":")
     for left in _until(deadline):
-        host, _, port = cluster.chief.rpartition(":")
         try:
-            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, 2.0))
-        except OSError:
-            time.sleep(min(left, 0.1))  # not there yet; a name may not resolve yet either
-            continue
-        with connection:
-            # The chief may have begun to wait just now.
-            connection.settimeout(timeout_s + 5)
-            try:
+            with socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=min(left, 2.0)
+            ) as connection:
+                # The chief may have begun to wait just now.
+                connection.settimeout(timeout_s + 2 * LINGER_S)
                 _send(connection, hello)
-                return _agreed(_read(connection))
-            except OSError as error:
-                raise RuntimeError(
-                    f"Worker 0 ({cluster.chief}) went away while the workers met. Its own output says why."
-                ) from error
-            except json.JSONDecodeError as error:
-                raise RuntimeError(
-                    f"{cluster.chief}, the address of worker 0, does not answer as tfaccel does: all workers "
-                    "have to make the same Accelerator."
-                ) from error
-    raise RuntimeError(_did_not_start(cluster, [0], timeout_s))
+                line = _read_line(connection)
+        except OSError:
+            line = b""
+        if not line:  # not there yet, gone, or about to start anew; a name may not resolve yet either
+            time.sleep(max(0.0, min(0.1, deadline - time.monotonic())))
+            continue
+        answer = _decode(line)
+        if isinstance(answer, dict) and {"problem", "addresses", "shared"} <= set(answer):
+            return _agreed(answer)
+        problem = (
+            f"{cluster.chief}, the address of worker 0, does not answer as tfaccel does: another program has "
+            "the port, or worker 0 makes no Accelerator."
+        )
+        break
+    raise RuntimeError(problem)
 
 
 def _did_not_start(cluster: Cluster, missing: list[int], timeout_s: float) -> str:
     names = [f"{i} ({cluster.addresses[i]})" if cluster.addresses else str(i) for i in missing]
     who = f"worker {names[0]}" if len(names) == 1 else f"workers {', '.join(names)}"
     return (
-        f"{who} of {cluster.size} did not start within {timeout_s:g} s. Look at its output, and whether "
-        f"worker 0 can be reached at {cluster.chief}; {START_TIMEOUT} allows more time."
+        f"{who} of {cluster.size} did not start within {timeout_s:g} s, or ended again. Look at its output, "
+        f"and whether worker 0 can be reached at {cluster.chief}. More time: --start-timeout of `tfaccel "
+        f"launch`, or {START_TIMEOUT}."
     )
 
 
@@ -208,7 +301,23 @@ def _agreed(answer: dict) -> Meeting:
     problem = answer["problem"]
     if problem:
         raise (RuntimeError if "did not start" in problem else ValueError)(problem)
-    return Meeting(tuple(answer["addresses"]), answer["seed"])
+    return Meeting(tuple(answer["addresses"]), answer["shared"])
+
+
+def _is_hello(message: Any) -> bool:
+    if not isinstance(message, dict):
+        return False
+    numbers = [message.get("index"), message.get("port")]
+    return all(type(each) is int for each in numbers) and isinstance(message.get("facts"), dict)
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _until(deadline: float) -> Iterator[float]:
@@ -221,6 +330,20 @@ def _send(connection: socket.socket, message: dict) -> None:
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _read(connection: socket.socket) -> dict:
-    with connection.makefile("rb") as lines:
-        return json.loads(lines.readline(LONGEST_MESSAGE))
+def _read_line(connection: socket.socket) -> bytes:
+    """Up to the end of a line; what there is where none comes."""
+    received = b""
+    while b"\n" not in received and len(received) <= LONGEST_MESSAGE:
+        data = connection.recv(1 << 16)
+        if not data:
+            break
+        received += data
+    return received.partition(b"\n")[0]
+
+
+def _decode(line: bytes) -> Any:
+    """JSON, or a word that nobody sends."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return "not JSON"

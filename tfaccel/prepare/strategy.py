@@ -23,8 +23,9 @@ import tensorflow as tf
 
 from tfaccel.cluster import Cluster, find_cluster
 from tfaccel.errors import refuse
+from tfaccel.keras_fixes.late_strategy import check_nothing_ran
 from tfaccel.keras_fixes.swallowed_sigterm import sigterm_kept
-from tfaccel.keras_fixes.worker_seeds import share_seed
+from tfaccel.keras_fixes.worker_seeds import random_state, take_random_state
 from tfaccel.prepare.choice import Choice
 from tfaccel.prepare.devices import Devices
 from tfaccel.prepare.rendezvous import facts_of_this_process, meet, start_timeout_s
@@ -151,8 +152,9 @@ def _describe(cluster: Cluster) -> str:
 @functools.cache
 def _of_workers(cluster: Cluster, kind: str) -> tf.distribute.Strategy:
     """One strategy for each process: TensorFlow starts its servers once, and the ports are taken then."""
-    meeting = meet(cluster, facts_of_this_process(cluster), start_timeout_s())
-    share_seed(meeting.seed)
+    check_nothing_ran()
+    meeting = meet(cluster, facts_of_this_process(cluster), random_state(), start_timeout_s())
+    take_random_state(meeting.shared)
     if cluster.source == "TF_CONFIG":
         return _collective(kind)
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
