@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import tfaccel
 from tfaccel.demo.images import load_images
+from tfaccel.fast_kernels import chunks
 
 EPOCHS = 5
 KILLED_IN = 3  # the epoch at whose beginning the second worker comes to grief
@@ -81,6 +82,64 @@ def seen():
         history = model.fit(data.batch(16), epochs=2, verbose=0)
         means[policy] = history.history["mean_label"]
     return means, float(np.mean(y))
+
+
+def records(folder, split):
+    """The images and labels in two binary files, the first with `split` of the 64."""
+    x, y = images()
+    rows = np.concatenate([x.reshape(64, -1), y[:, None].astype("float32")], axis=1)
+    index = tfaccel.cluster.find_cluster(os.environ).index
+    paths = [str(pathlib.Path(folder, f"{index}-{part}.bin")) for part in range(2)]
+    for path, part in zip(paths, (rows[:split], rows[split:]), strict=True):
+        part.tofile(path)
+    data = tf.data.Dataset.from_tensor_slices(paths)
+    data = data.interleave(lambda path: tf.data.FixedLengthRecordDataset(path, 4 * rows.shape[1]))
+    decoded = data.map(lambda record: tf.io.decode_raw(record, tf.float32))
+    return decoded.map(lambda row: (tf.reshape(row[:-1], (7, 7, 1)), tf.cast(row[-1], tf.int32)))
+
+
+def seen_in_files(folder):
+    """As `seen`, of files that the workers share; the second time one has more than the other."""
+    accelerator = tfaccel.Accelerator(precision="float32")
+    means = []
+    for split in (32, 24):
+        model = build(accelerator)
+        with accelerator.scope():
+            model.compile("sgd", model.loss, metrics=[mean_label])
+        options = tf.data.Options()
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.FILE
+        data = records(folder, split).with_options(options).batch(16)
+        means.append(model.fit(data, epochs=2, verbose=0).history["mean_label"])
+    return means, float(np.mean(images()[1]))
+
+
+def clocks_apart():
+    """Arrays and a stream; the second worker thinks its calls are slow: they must not grow on one only."""
+    accelerator = tfaccel.Accelerator(precision="float32")
+    if not accelerator.is_chief:
+        chunks.CALL_SECONDS = 0.0
+    x, y = images()
+    losses = []
+    for data in (
+        accelerator.dataset(x, y, batch_size=4),
+        tf.data.Dataset.from_tensor_slices((x, y)).batch(4),
+    ):
+        model = build(accelerator)
+        with accelerator.scope():
+            model.compile("sgd", model.loss)  # one step a call, to begin with
+        losses += model.fit(data, epochs=4, verbose=0).history["loss"]
+    return losses
+
+
+def fail_once(folder):
+    """Raises on the second worker in its first life."""
+    marker = pathlib.Path(folder, "was-here")
+    if tfaccel.cluster.find_cluster(os.environ).index == 1 and not marker.exists():
+        marker.write_text("")
+        raise KeyError("first life")
+    while not marker.exists():
+        time.sleep(0.1)
+    return "second life"
 
 
 def mean_label(y_true, y_pred):

@@ -112,6 +112,12 @@ def test_a_worker_that_raises_ends_the_job_with_its_words(engine):
     assert time.monotonic() - begun < 2 * NOTICED_S  # with the start of two workers
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_all_workers_start_again(engine, tmp_path):
+    answer = launch.run(launch_cells.fail_once, [str(tmp_path)], workers=2, engine=engine, max_restarts=1)
+    assert answer == "second life"
+
+
 def command(*arguments, workers=2, restarts=0):
     options = ["--workers", str(workers), "--max-restarts", str(restarts)]
     return [sys.executable, "-m", "tfaccel", "launch", *options, SCRIPT, *map(str, arguments)]
@@ -308,6 +314,18 @@ def test_every_sample_is_seen_once_whatever_the_sharding_policy():
     # float32 means of 64 labels up to 9; a sample in place of another moves it by 1 / 64 or more.
     for policy, epochs in means.items():
         np.testing.assert_allclose(epochs, [whole] * 2, rtol=1e-5, err_msg=policy)
+
+
+def test_workers_cut_their_epochs_alike_whatever_their_clocks_say():
+    losses = launch.run(launch_cells.clocks_apart, workers=2)
+    assert len(losses) == 8
+    assert np.isfinite(losses).all()
+
+
+def test_every_sample_is_seen_once_in_files_that_the_workers_share(tmp_path):
+    means, whole = launch.run(launch_cells.seen_in_files, [str(tmp_path)], workers=2)
+    for epochs in means:
+        np.testing.assert_allclose(epochs, [whole] * 2, rtol=1e-5)
 
 
 def test_canary_upstream_survives_sigterm_shuffles_apart_and_writes_everywhere(tmp_path):

@@ -175,7 +175,9 @@ class Kernels:
         epoch_iterator = loop.get("epoch_iterator")
         if epoch_iterator is None or loop.get("self") is not model or not is_stream(epoch_iterator):
             return
-        grows = self._settings.growing_calls and not watches_batches(loop.get("callbacks"))
+        # Workers must cut their epochs alike: each would go by its own clock.
+        may_grow = self._settings.growing_calls and not is_multi_worker(strategy)
+        grows = may_grow and not watches_batches(loop.get("callbacks"))
         function.length = CallLength(epoch_iterator.steps_per_execution, grows)
         if not hasattr(epoch_iterator, CLOCK_ATTRIBUTE):  # `fit` keeps that of its validation
             if kind == "train":
