@@ -68,7 +68,10 @@ def _automatic_steps(kernels: str, strategy: tf.distribute.Strategy) -> Choice:
     if is_distributed(strategy) and not is_replicated(strategy):
         return Choice(1, f"Keras 3 can't run several steps per call under {type(strategy).__name__}")
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return Choice(16, "one call into TensorFlow runs 16 steps, on all workers alike: Python's share goes")
+        return Choice(
+            STEPS_PER_EXECUTION,
+            "one call into TensorFlow runs 16 steps, on all workers alike: Python's share goes",
+        )
     reason = (
         "one call into TensorFlow runs 16 steps, and more where no callback watches single batches: "
         "Python's share of a small step goes"
