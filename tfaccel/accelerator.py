@@ -109,7 +109,8 @@ class Accelerator:
     def is_chief(self) -> bool:
         """Whether this process is the first worker, or the only one: the one that writes files.
 
-        `fit` sees to the callbacks of Keras itself. Use it around what a script writes after `fit`.
+        `fit` sees to the callbacks of Keras itself. Use it around what a script writes after `fit`; but
+        `evaluate` and `predict` are waited for by the other workers, so all must call them.
         """
         return self.strategy.extended.should_checkpoint
 

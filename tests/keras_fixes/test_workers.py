@@ -1,7 +1,10 @@
 """What concerns single processes of the fixes for several workers; `tests/test_launch.py` has the rest."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import tfaccel
+from tfaccel.cluster import tf_config
 from tfaccel.keras_fixes.late_strategy import check_nothing_ran
 from tfaccel.keras_fixes.worker_seeds import random_state, take_random_state
 
@@ -80,3 +84,15 @@ def test_canary_upstream_begins_every_fit_at_the_restored_epoch(tmp_path):
     model = small_model()
     model.compile("sgd", "mse")
     assert epochs_of_a_second_fit(model, tmp_path) == [2]
+
+
+def test_canary_upstream_refuses_a_late_strategy_in_words_of_its_own():
+    script = (
+        "import tensorflow as tf\ntf.constant(1)\n"
+        "try: tf.distribute.MultiWorkerMirroredStrategy()\nexcept RuntimeError as error: print(error)"
+    )
+    environment = {**os.environ, "TF_CONFIG": tf_config(["127.0.0.1:1", "127.0.0.1:2"], 0)}
+    answer = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert "Collective ops must be configured at program startup" in answer.stdout

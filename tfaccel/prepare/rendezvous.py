@@ -12,24 +12,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
 import platform
-import selectors
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from importlib import metadata
-from typing import Any, cast
+from typing import Any
 
 from tfaccel.cluster import LONGEST_START_S, START_TIMEOUT, START_TIMEOUT_S, Cluster
 from tfaccel.errors import refuse
-
-LONGEST_MESSAGE = 1 << 20
-LINGER_S = 2.0  # how long the chief goes on to tell late workers what is wrong
+from tfaccel.prepare.callers import LINGER_S, Callers, decode, is_gone, listen, read_line, send
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +60,13 @@ def meet(
     port = int(cluster.addresses[cluster.index].rpartition(":")[2]) if cluster.addresses else 0
     with contextlib.ExitStack() as stack:
         if cluster.index == 0:
-            listener = stack.enter_context(_listen(int(cluster.chief.rpartition(":")[2])))
-            own = listener if cluster.addresses else stack.enter_context(_listen(0))
-            callers = stack.enter_context(contextlib.closing(_Callers(listener)))
+            listener = stack.enter_context(listen(int(cluster.chief.rpartition(":")[2])))
+            own = listener if cluster.addresses else stack.enter_context(listen(0))
+            callers = stack.enter_context(contextlib.closing(Callers(listener)))
             desk = _Desk(cluster, facts, own.getsockname()[1])
             _gather(desk, callers, deadline, timeout_s)
             return _agreed(_answer(desk, callers, shared))
-        own = stack.enter_context(_listen(port))
+        own = stack.enter_context(listen(port))
         hello = {"index": cluster.index, "port": own.getsockname()[1], "facts": facts}
         return _introduce(cluster, hello, deadline, timeout_s)
 
@@ -97,77 +93,6 @@ def start_timeout_s() -> float:
         if 0 < float(text) <= LONGEST_START_S and math.isfinite(float(text)):
             return float(text)
     raise refuse(START_TIMEOUT, text, "seconds above 0, at most a day", "Correct or unset the variable.")
-
-
-def _listen(port: int) -> socket.socket:
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
-    except OSError as error:
-        raise ValueError(
-            f"Port {port} of this worker can't be had ({error.strerror}). Allowed: a port that nobody uses. "
-            "Take another one in the workers' addresses, or end the process that has it."
-        ) from error
-
-
-class _Callers:
-    """The connections to the chief: nobody can hold it up, and it notices who goes away.
-
-    Args:
-        listener: Where they come in.
-    """
-
-    def __init__(self, listener: socket.socket):
-        self._listener = listener
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._received: dict[socket.socket, bytes] = {}
-        self.hosts: dict[socket.socket, str] = {}
-
-    def poll(self, seconds: float) -> Iterator[tuple[socket.socket, Any]]:
-        """What arrives within that time: connections with their message, or with None when they end."""
-        for key, _ in self._selector.select(seconds):
-            if key.fileobj is self._listener:
-                connection, address = self._listener.accept()
-                connection.setblocking(False)
-                self._selector.register(connection, selectors.EVENT_READ)
-                self._received[connection] = b""
-                self.hosts[connection] = address[0].removeprefix("::ffff:")
-                continue
-            connection = cast(socket.socket, key.fileobj)
-            try:
-                data = connection.recv(1 << 16)
-            except BlockingIOError:
-                continue
-            except OSError:
-                data = b""
-            self._received[connection] += data
-            whole, ended, _ = self._received[connection].partition(b"\n")
-            if ended:
-                self._received[connection] = b""
-                yield connection, _decode(whole)
-            elif not data or len(whole) > LONGEST_MESSAGE:
-                self.drop(connection)
-                yield connection, None
-
-    def tell(self, connection: socket.socket, message: dict) -> None:
-        """Sends a message; who is gone already needs none."""
-        with contextlib.suppress(OSError):
-            connection.settimeout(LINGER_S)
-            _send(connection, message)
-
-    def drop(self, connection: socket.socket) -> None:
-        """Ends a connection."""
-        if self._received.pop(connection, None) is not None:
-            self._selector.unregister(connection)
-            connection.close()
-
-    def close(self) -> None:
-        """Ends all."""
-        for connection in list(self._received):
-            self.drop(connection)
-        self._selector.close()
 
 
 @dataclasses.dataclass
@@ -198,7 +123,7 @@ class _Desk:
         ours = self.facts.get("cluster")
         if job and ours and job[0] != ours[0]:
             return False  # of another job, at a port that both have
-        if index in self.present and _is_gone(self.present[index][0]):
+        if index in self.present and is_gone(self.present[index][0]):
             del self.present[index]  # it ended, and was started again
         self.problem = self.problem or self._difference(message)
         self.present[index] = (connection, message["port"])
@@ -222,7 +147,7 @@ class _Desk:
         return ""
 
 
-def _gather(desk: _Desk, callers: _Callers, deadline: float, timeout_s: float) -> None:
+def _gather(desk: _Desk, callers: Callers, deadline: float, timeout_s: float) -> None:
     """Hears callers until all are there, or something is wrong; then a little longer: all are to learn it."""
     for left in _until(deadline):
         for connection, message in callers.poll(left):
@@ -242,7 +167,7 @@ def _gather(desk: _Desk, callers: _Callers, deadline: float, timeout_s: float) -
     desk.problem = _did_not_start(desk.cluster, desk.missing(), timeout_s)
 
 
-def _answer(desk: _Desk, callers: _Callers, shared: Any) -> dict:
+def _answer(desk: _Desk, callers: Callers, shared: Any) -> dict:
     """Tells all who are there what was found, and gives it back."""
     chief = desk.cluster.chief.rpartition(":")[0]
     addresses = list(desk.cluster.addresses) or [f"{chief}:{desk.port}"]
@@ -269,14 +194,14 @@ def _introduce(cluster: Cluster, hello: dict, deadline: float, timeout_s: float)
             ) as connection:
                 # The chief may have begun to wait just now.
                 connection.settimeout(timeout_s + 2 * LINGER_S)
-                _send(connection, hello)
-                line = _read_line(connection)
+                send(connection, hello)
+                line = read_line(connection)
         except OSError:
             line = b""
         if not line:  # not there yet, gone, or about to start anew; a name may not resolve yet either
             time.sleep(max(0.0, min(0.1, deadline - time.monotonic())))
             continue
-        answer = _decode(line)
+        answer = decode(line)
         if isinstance(answer, dict) and {"problem", "addresses", "shared"} <= set(answer):
             return _agreed(answer)
         problem = (
@@ -311,39 +236,7 @@ def _is_hello(message: Any) -> bool:
     return all(type(each) is int for each in numbers) and isinstance(message.get("facts"), dict)
 
 
-def _is_gone(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1, socket.MSG_PEEK) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
 def _until(deadline: float) -> Iterator[float]:
     """The seconds that are left, as long as there are some."""
     while (left := deadline - time.monotonic()) > 0:
         yield left
-
-
-def _send(connection: socket.socket, message: dict) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _read_line(connection: socket.socket) -> bytes:
-    """Up to the end of a line; what there is where none comes."""
-    received = b""
-    while b"\n" not in received and len(received) <= LONGEST_MESSAGE:
-        data = connection.recv(1 << 16)
-        if not data:
-            break
-        received += data
-    return received.partition(b"\n")[0]
-
-
-def _decode(line: bytes) -> Any:
-    """JSON, or a word that nobody sends."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return "not JSON"
