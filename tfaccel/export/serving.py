@@ -18,12 +18,13 @@ class ServingFunction:
         model: A built model.
         input_signature: Nested `tf.TensorSpec` or `keras.InputSpec` of the inputs, batch axis
             included; None asks the model.
+        batch_size: Of the inputs; None leaves it open.
 
     Raises:
         ValueError: The model is not built, or does not tell its inputs.
     """
 
-    def __init__(self, model: keras.Model, input_signature: Any = None):
+    def __init__(self, model: keras.Model, input_signature: Any = None, batch_size: int | None = None):
         if not isinstance(model, keras.Model):
             raise ValueError(
                 f"model={type(model).__name__} can't be exported. Allowed: a keras.Model (Sequential, "
@@ -36,7 +37,7 @@ class ServingFunction:
             )
         self.model = model
         self.structure = input_signature if input_signature is not None else _inputs_of(model)
-        self.specs = _name_inputs(self.structure)
+        self.specs = _name_inputs(self.structure, batch_size)
         self._concrete: Any = None
 
     def _call(self, *flat: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -89,13 +90,13 @@ def _inputs_of(model: keras.Model) -> Any:
     return tf.TensorSpec([None, *shape[1:]], keras.config.floatx())
 
 
-def _name_inputs(structure: Any) -> list[tf.TensorSpec]:
+def _name_inputs(structure: Any, batch_size: int | None) -> list[tf.TensorSpec]:
     leaves = keras.tree.flatten(structure)
     names = [getattr(leaf, "name", None) or f"input_{i}" for i, leaf in enumerate(leaves)]
     if isinstance(structure, dict) and len(structure) == len(leaves):
         names = sorted(structure)  # the order in which keras.tree flattens a dict
     return [
-        tf.TensorSpec([None, *tuple(leaf.shape)[1:]], leaf.dtype, name=name)
+        tf.TensorSpec([batch_size, *tuple(leaf.shape)[1:]], leaf.dtype, name=name)
         for leaf, name in zip(leaves, _unique(names), strict=True)
     ]
 

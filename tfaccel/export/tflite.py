@@ -11,17 +11,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import re
-import tempfile
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from tfaccel.export.compare import Parity, compare_outputs
+from tfaccel.export.conversion import convert_model
 from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.recipes import Recipe, find_recipe
@@ -35,7 +31,7 @@ from tfaccel.export.scoring import (
     scoring_data,
 )
 from tfaccel.export.serving import ServingFunction
-from tfaccel.keras_fixes.half_precision import computes_in_half_precision, computing_in_float32
+from tfaccel.keras_fixes.half_precision import computes_in_half_precision
 
 CALIBRATION_SAMPLES = 500
 
@@ -52,6 +48,8 @@ class TFLiteFile:
         score: Scores of model and file on the labelled data, or None where none was given.
         samples: How many samples the parity was measured on.
         on_real_data: False where no data was given and random numbers stood in.
+        batch_size: 1 where the model's loops forced it, and the file takes one sample a call; None where the
+            batch stayed open.
     """
 
     path: pathlib.Path
@@ -61,12 +59,14 @@ class TFLiteFile:
     score: Score | None
     samples: int
     on_real_data: bool
+    batch_size: int | None = None
 
     def __str__(self) -> str:
         """A line or two for a person."""
         rows = "samples" if self.on_real_data else "random samples (pass calibration= for real ones)"
         text = f"{self.path}: {self.recipe}, {self.size_bytes:,} bytes; {self.parity}"
         text += f" on {self.samples} {rows}"
+        text += "" if self.batch_size is None else f"; takes {self.batch_size} sample a call"
         return text if self.score is None else f"{text}; {self.score}"
 
 
@@ -83,8 +83,9 @@ def export_tflite(
     """Writes a TFLite file of the model that has been run in LiteRT and compared with the model.
 
     The model itself is not changed. A mixed-precision model is traced in float32, with the same weights. The
-    batch size stays open. The file is written beside its place and renamed: a failure leaves an older
-    file as it was.
+    batch size stays open, but for recurrent layers: the converter takes their loops with a known batch only,
+    so the file runs one sample a call, and the result says so. The file is written beside its place and
+    renamed: a failure leaves an older file as it was.
 
     Args:
         model: A built `keras.Model`: Sequential, Functional or subclassed.
@@ -124,8 +125,7 @@ def export_tflite(
     check_arguments(chosen, calibration, evaluate, max_drop)
     reference = ServingFunction(model, input_signature)
     samples = _samples(reference, calibration)
-    with computing_in_float32(model):
-        content = convert(ServingFunction(model, input_signature), chosen, samples)
+    content, batch_size = convert_model(model, input_signature, chosen, samples)
     runner = TFLiteRunner(content)
     figures = compare_outputs(reference, runner, samples)
     check_parity(figures, chosen, mixed_precision=computes_in_half_precision(model))
@@ -134,7 +134,8 @@ def export_tflite(
         score = measure_scores(reference, runner, evaluate, calibration)
         check_drop(score, max_drop)
     write_beside(target, content)
-    return TFLiteFile(target, chosen.name, len(content), figures, score, len(samples), not samples.made_up)
+    real = not samples.made_up
+    return TFLiteFile(target, chosen.name, len(content), figures, score, len(samples), real, batch_size)
 
 
 def check_path(path: str | os.PathLike) -> pathlib.Path:
@@ -202,50 +203,6 @@ def _samples(serving: ServingFunction, calibration: Any) -> Samples:
     if calibration is None:
         return make_up_samples(serving.specs)
     return collect_samples(calibration, serving.specs, CALIBRATION_SAMPLES, argument="calibration")
-
-
-def convert(serving: ServingFunction, recipe: Recipe, samples: Samples) -> bytes:
-    """Runs TensorFlow's converter.
-
-    Raises:
-        ExportError: It refused; the text names the layers that its message speaks of.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        serving.save(folder)
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-        if recipe.name != "float32":
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        if recipe.name == "float16":
-            converter.target_spec.supported_types = [tf.float16]
-        if recipe.name == "int8":
-            names = [spec.name for spec in serving.specs]
-            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-
-            def rows() -> Iterator[dict[str, np.ndarray]]:
-                for row in samples.batches(1):
-                    yield dict(zip(names, row, strict=True))
-
-            converter.representative_dataset = rows
-        return _run_converter(converter, serving.model)
-
-
-def _run_converter(converter: Any, model: keras.Model) -> bytes:
-    try:
-        with warnings.catch_warnings():
-            # The converter warns of its own use of tf.lite.Interpreter while it calibrates.
-            warnings.filterwarnings("ignore", message=r"\s*Warning: tf.lite.Interpreter is deprecated")
-            return converter.convert()
-    # The converter's own error class is private, and derives from Exception alone.
-    except Exception as error:
-        message = str(error)
-        # TensorFlow numbers a scope that is entered twice: lstm, lstm_1.
-        layers = [
-            layer.name for layer in model.layers if re.search(rf"/{re.escape(layer.name)}(_\d+)?/", message)
-        ]
-        where = f"Layers in its message: {', '.join(layers)}. " if layers else ""
-        raise ExportError(
-            f"TensorFlow's converter refused {model.name!r}. {where}Its message: {message[:500]}"
-        ) from error
 
 
 def check_parity(figures: Parity, recipe: Recipe, mixed_precision: bool) -> None:
