@@ -34,7 +34,17 @@ def step(shape, fuse, seed=0, policy="float32", **options):
     gradients = tape.gradient(outputs, watched, upstream)
     assert outputs.dtype == layer.compute_dtype
     assert outputs.shape == inputs.shape
-    return [keras.ops.convert_to_numpy(t) for t in [outputs, *gradients, *layer.non_trainable_weights]]
+    arrays = [keras.ops.convert_to_numpy(t) for t in [outputs, *gradients, *layer.non_trainable_weights]]
+    # A sum that cancels has no relative bound: what was summed is its scale, and goes in as one more value.
+    scales = [np.abs(upstream).astype("float32"), np.abs(inputs).astype("float32")]
+    summed = [each.reshape(-1, shape[-1]).sum(0).max() for each in scales]
+    rows = np.prod(shape[:-1])
+    last = len(layer.trainable_weights) + 2
+    return (
+        arrays[:2]
+        + [np.append(each, summed[0]) for each in arrays[2:last]]
+        + [np.append(each, summed[1] / rows) for each in arrays[last:]]
+    )
 
 
 def disagreement(shape, half_epsilon=0.0, **options):
