@@ -6,8 +6,10 @@ from tfaccel.export.benchmark import Latency, benchmark_tflite
 from tfaccel.export.callback import ExportTFLite
 from tfaccel.export.compare import Parity, compare
 from tfaccel.export.errors import ExportError
+from tfaccel.export.file import TFLiteFile
+from tfaccel.export.report import LayerReport, LayerRow, layer_report
 from tfaccel.export.scoring import Score
-from tfaccel.export.tflite import TFLiteFile, export_tflite
+from tfaccel.export.tflite import export_tflite
 from tfaccel.fast_kernels.predictor import predictor
 from tfaccel.fit.learning_rate import OneCycle, WarmupCosine
 from tfaccel.fit.throughput import Throughput
@@ -21,6 +23,8 @@ __all__ = [
     "ExportError",
     "ExportTFLite",
     "Latency",
+    "LayerReport",
+    "LayerRow",
     "OneCycle",
     "Parity",
     "Score",
@@ -31,5 +35,6 @@ __all__ = [
     "compare",
     "export_tflite",
     "launch",
+    "layer_report",
     "predictor",
 ]

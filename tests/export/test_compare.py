@@ -28,8 +28,10 @@ def test_equal_outputs_and_single_units():
 
 
 def test_worst_takes_the_worst_of_each():
-    joined = worst([tfaccel.Parity(1.0, 40.0, None), tfaccel.Parity(0.5, 20.0, 0.9)])
-    assert joined == tfaccel.Parity(1.0, 20.0, 0.9)
+    joined = worst({"a": tfaccel.Parity(1.0, 40.0, None, 0.1), "b": tfaccel.Parity(0.5, 20.0, 0.9, 0.2)})
+    assert (joined.max_abs_error, joined.sqnr_db, joined.top1_agreement) == (1.0, 20.0, 0.9)
+    assert joined.mean_abs_error == 0.2
+    assert joined.outputs["a"].sqnr_db == 40.0
 
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")

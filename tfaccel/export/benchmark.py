@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from tfaccel.export.interpreter import TFLiteRunner
+from tfaccel.export.interpreter import TFLiteRunner, sample_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,7 @@ def benchmark_tflite(path: str | os.PathLike, *, runs: int = 200, num_threads: i
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not usable. Allowed: an integer ≥ 1. Try 200 runs.")
     runner = TFLiteRunner(path, num_threads)
-    details = runner.input_details
-    # An open size other than the batch can be anything; 16 is short and more than one.
-    shapes = [[1, *(16 if s < 0 else s for s in d["shape_signature"][1:])] for d in details]
+    shapes = [sample_shape(detail) for detail in runner.input_details]
     runner.run(tuple(np.zeros(shape, np.float32) for shape in shapes))
     times = []
     for _ in range(max(runs // 10, 1)):

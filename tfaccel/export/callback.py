@@ -7,9 +7,9 @@ from typing import Any
 
 import keras
 
+from tfaccel.export.file import TFLiteFile
 from tfaccel.export.recipes import find_recipe
 from tfaccel.export.tflite import (
-    TFLiteFile,
     check_arguments,
     check_data,
     check_path,

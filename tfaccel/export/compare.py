@@ -1,4 +1,4 @@
-"""How far a file's outputs are from the model's, in three figures."""
+"""How far a file's outputs are from the model's, in a few figures."""
 
 from __future__ import annotations
 
@@ -26,19 +26,24 @@ class Parity:
             the outputs are equal. 20 dB is an error of a tenth, 40 dB of a hundredth.
         top1_agreement: Share (0..1) of samples whose largest output is the same; None where an
             output has one unit only.
+        mean_abs_error: Mean absolute difference, in the output's unit.
+        outputs: The same figures for each output, by its name, where there are several.
 
     Example:
-        >>> print(Parity(max_abs_error=0.0123, sqnr_db=38.2, top1_agreement=0.995))
-        max |error| 0.0123, SQNR 38.2 dB, top-1 agreement 99.50 %
+        >>> print(Parity(0.0123, 38.2, top1_agreement=0.995, mean_abs_error=0.0021))
+        max |error| 0.0123, mean 0.0021, SQNR 38.2 dB, top-1 agreement 99.50 %
     """
 
     max_abs_error: float
     sqnr_db: float
     top1_agreement: float | None
+    mean_abs_error: float = 0.0
+    outputs: dict[str, Parity] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line for a person."""
-        text = f"max |error| {self.max_abs_error:.3g}, SQNR {self.sqnr_db:.1f} dB"
+        text = f"max |error| {self.max_abs_error:.3g}, mean {self.mean_abs_error:.2g}"
+        text += f", SQNR {self.sqnr_db:.1f} dB"
         if self.top1_agreement is not None:
             text += f", top-1 agreement {100 * self.top1_agreement:.2f} %"
         return text
@@ -56,16 +61,22 @@ def parity(reference: np.ndarray, actual: np.ndarray) -> Parity:
     agreement = None
     if reference.ndim > 1 and reference.shape[-1] > 1:
         agreement = float(np.mean(reference.argmax(-1) == actual.argmax(-1)))
-    return Parity(float(np.max(np.abs(error))), sqnr_db, agreement)
+    absolute = np.abs(error)
+    return Parity(float(np.max(absolute)), sqnr_db, agreement, float(np.mean(absolute)))
 
 
-def worst(parities: list[Parity]) -> Parity:
-    """The worst of each figure."""
+def worst(outputs: dict[str, Parity]) -> Parity:
+    """The worst of each figure, over outputs by name."""
+    if len(outputs) == 1:
+        return next(iter(outputs.values()))
+    parities = outputs.values()
     agreements = [p.top1_agreement for p in parities if p.top1_agreement is not None]
     return Parity(
         max(p.max_abs_error for p in parities),
         min(p.sqnr_db for p in parities),
         min(agreements) if agreements else None,
+        max(p.mean_abs_error for p in parities),
+        outputs,
     )
 
 
@@ -110,8 +121,13 @@ def compare(
 
 def compare_outputs(serving: ServingFunction, runner: TFLiteRunner, samples: Samples) -> Parity:
     """`compare` for parts that exist already."""
-    reference = serving.predict(samples)
-    names = [spec.name for spec in serving.specs]
+    return compare_with(serving.predict(samples), runner, samples, [spec.name for spec in serving.specs])
+
+
+def compare_with(
+    reference: dict[str, np.ndarray], runner: TFLiteRunner, samples: Samples, names: list[str]
+) -> Parity:
+    """`compare` with outputs of the model that are known already."""
     known = set(runner.input_names) == set(names)
     actual = runner.predict(samples, names if known else None)
     if not set(reference) <= set(actual):
@@ -128,4 +144,4 @@ def compare_outputs(serving: ServingFunction, runner: TFLiteRunner, samples: Sam
                 f"The file's output {name!r} has shape {actual[name].shape}, the model's "
                 f"{values.shape}. Is it the file of this model?"
             )
-    return worst([parity(values, actual[name]) for name, values in reference.items()])
+    return worst({name: parity(values, actual[name]) for name, values in reference.items()})

@@ -1,110 +1,150 @@
-"""From a Keras model to the bytes of a TFLite file: TensorFlow's converter, and what it wants to be asked."""
+"""From a Keras model to a float TFLite file: TensorFlow's converter, and what it wants to be asked."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfaccel.export.errors import ExportError
-from tfaccel.export.recipes import Recipe
-from tfaccel.export.samples import Samples
+from tfaccel.export.operations import Operation, find_operations
 from tfaccel.export.serving import ServingFunction
 from tfaccel.keras_fixes.half_precision import computing_in_float32
+from tfaccel.keras_fixes.inner_layers import inner_layers
 
 LOOP_OPERATION = "TensorListReserve"  # what a loop stacks its steps in: its size must be known
+OPEN_LENGTH = 16  # that an interpreter begins with; short, and enough for most kernels
+LONGEST_UNROLLED = 128  # steps; the file grows by a handful of operations for each
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A float file, and what is known of it.
+
+    Args:
+        content: Its bytes.
+        operations: What it computes, and whose that is.
+        batch_size: Where it could not stay open.
+    """
+
+    content: bytes
+    operations: list[Operation]
+    batch_size: int | None
 
 
 def convert_model(
-    model: keras.Model, input_signature: Any, recipe: Recipe, samples: Samples
-) -> tuple[bytes, int | None]:
+    model: keras.Model, input_signature: Any, *, fixed_ranges: bool = False, allow_select_ops: bool = False
+) -> Converted:
     """Converts in float32, whatever the model computes in; with an open batch size where that can be.
 
     Args:
         model: Built.
         input_signature: As for `export_tflite`.
-        recipe: How to store it.
-        samples: To calibrate with.
-
-    Returns:
-        The file's bytes, and the batch size where it could not stay open.
+        fixed_ranges: Whether its activations are to be quantized with ranges, which can't be measured inside
+            of a loop: recurrent layers are unrolled.
+        allow_select_ops: Whether operations may be TensorFlow's own where LiteRT has none.
 
     Raises:
-        ExportError: TensorFlow's converter refuses, or a loop can't have the recipe.
+        ExportError: TensorFlow's converter refuses, or a loop can't be unrolled.
     """
-    loops = _looping_layers(model)
-    with computing_in_float32(model):
-        if not loops:
+    loops = [
+        layer for layer in inner_layers(model) if isinstance(layer, keras.layers.RNN) and not layer.unroll
+    ]
+    with computing_in_float32(model), _unrolled(loops if fixed_ranges else []):
+        if not loops or fixed_ranges:
             try:
-                return convert(ServingFunction(model, input_signature), recipe, samples), None
+                return _convert(ServingFunction(model, input_signature), allow_select_ops)
             except ExportError as error:
                 if LOOP_OPERATION not in str(error):
                     raise
-                loops = [f"a loop in {model.name!r}"]  # of a layer that Keras has not made
-        if recipe.needs_calibration:
+                if fixed_ranges:
+                    raise ExportError(
+                        f"A loop in {model.name!r} can't be converted to fixed ranges: they are not known "
+                        "inside. Nothing was written. Take 'dynamic_int8', which measures them as it runs."
+                    ) from error
+        return _convert(ServingFunction(model, input_signature, batch_size=1), allow_select_ops)
+
+
+@contextlib.contextmanager
+def _unrolled(layers: list[keras.layers.RNN]) -> Iterator[None]:
+    """The recurrent layers step without a loop in the block; not for use by two threads."""
+    for layer in layers:
+        steps = ((layer.get_build_config() or {}).get("input_shape") or (None, None))[1]
+        if steps is None or steps > LONGEST_UNROLLED:
             raise ExportError(
-                f"{', '.join(loops)} can't be converted to {recipe.name}: TensorFlow's calibration ends the "
-                "process on loops. Nothing was written. Take 'dynamic_int8', which stores weights as int8, "
-                "or a recurrent layer with unroll=True."
+                f"{layer.name} can't be converted to fixed ranges: it takes {steps or 'any number of'} "
+                "steps, "
+                f"and ranges are not known inside of its loop. Allowed: up to {LONGEST_UNROLLED}, which are "
+                "unrolled. Nothing was written. Take 'dynamic_int8', which measures ranges as it runs."
             )
-        return convert(ServingFunction(model, input_signature, batch_size=1), recipe, samples), 1
+    try:
+        for layer in layers:
+            layer.unroll = True
+        yield
+    finally:
+        for layer in layers:
+            layer.unroll = False
 
 
-def _looping_layers(layer: keras.layers.Layer) -> list[str]:
-    """The names of the recurrent layers in it that step in a loop."""
-    if isinstance(layer, keras.layers.Bidirectional):
-        layer = layer.forward_layer
-    if isinstance(layer, keras.layers.RNN):
-        return [] if layer.unroll else [layer.name]
-    inner = [*getattr(layer, "layers", ()), *filter(None, [getattr(layer, "layer", None)])]
-    return [name for each in inner for name in _looping_layers(each)]
-
-
-def convert(serving: ServingFunction, recipe: Recipe, samples: Samples) -> bytes:
-    """Runs TensorFlow's converter.
-
-    Raises:
-        ExportError: It refused; the text names the layers that its message speaks of.
-    """
+def _convert(serving: ServingFunction, allow_select_ops: bool) -> Converted:
     with tempfile.TemporaryDirectory() as folder:
         serving.save(folder)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-        if recipe.name != "float32":
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        if recipe.name == "float16":
-            converter.target_spec.supported_types = [tf.float16]
-        if recipe.name == "int8":
-            names = [spec.name for spec in serving.specs]
-            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-
-            def rows() -> Iterator[dict[str, np.ndarray]]:
-                for row in samples.batches(1):
-                    yield dict(zip(names, row, strict=True))
-
-            converter.representative_dataset = rows
-        return _run_converter(converter, serving.model)
+        converter.experimental_enable_resource_variables = bool(serving.states)
+        if allow_select_ops:
+            converter.target_spec.supported_ops = [
+                tf.lite.OpsSet.TFLITE_BUILTINS,
+                tf.lite.OpsSet.SELECT_TF_OPS,
+            ]
+        content = _with_open_lengths(_run_converter(converter, serving), serving.specs)
+    operations = find_operations(content, serving.scopes, serving.outputs)
+    return Converted(content, operations, serving.batch_size)
 
 
-def _run_converter(converter: Any, model: keras.Model) -> bytes:
+def _with_open_lengths(content: bytes, specs: list[tf.TensorSpec]) -> bytes:
+    """Lengths that stay open are 1 in the converter's file, which most layers can't take: an interpreter
+
+    refuses it before anybody could resize its inputs. They become `OPEN_LENGTH`.
+    """
+    if all(None not in spec.shape.as_list()[1:] for spec in specs):
+        return content
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    file = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    graph = file.subgraphs[0]
+    for index in graph.inputs:
+        tensor = graph.tensors[index]
+        for axis, size in enumerate(tensor.shapeSignature if tensor.shapeSignature is not None else ()):
+            if size < 0 and axis > 0:
+                tensor.shape[axis] = OPEN_LENGTH
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(file))
+
+
+def _run_converter(converter: Any, serving: ServingFunction) -> bytes:
     try:
-        with warnings.catch_warnings():
-            # The converter warns of its own use of tf.lite.Interpreter while it calibrates.
-            warnings.filterwarnings("ignore", message=r"\s*Warning: tf.lite.Interpreter is deprecated")
-            return converter.convert()
+        return converter.convert()
     # The converter's own error class is private, and derives from Exception alone.
     except Exception as error:
-        message = str(error)
-        # TensorFlow numbers a scope that is entered twice: lstm, lstm_1.
-        layers = [
-            layer.name for layer in model.layers if re.search(rf"/{re.escape(layer.name)}(_\d+)?/", message)
-        ]
-        where = f"Layers in its message: {', '.join(layers)}. " if layers else ""
-        raise ExportError(
-            f"TensorFlow's converter refused {model.name!r}. {where}Its message: {message[:500]}"
-        ) from error
+        raise ExportError(_explain(str(error), serving)) from error
+
+
+def _explain(message: str, serving: ServingFunction) -> str:
+    """The layer and the operation that TensorFlow's converter stumbled over."""
+    missing = sorted(set(re.findall(r"'tf\.(\w+)' op is neither a custom op nor a flex op", message)))
+    named = [serving.scopes.layer_named(name) for name in re.findall(r'"(model/[^"@]+)@', message)]
+    layers = ", ".join(dict.fromkeys(layer.name for layer in named if layer is not None))
+    whose = f"layer{'s' * (',' in layers)} {layers} of " if layers else ""
+    if missing and LOOP_OPERATION not in missing:
+        return (
+            f"LiteRT has no operation {', '.join(missing)}, which {whose}{serving.model.name!r} needs. "
+            "Nothing "
+            "was written. Compute it before or behind the model, replace the layer, or pass "
+            "allow_select_ops=True, and ship TensorFlow's operations (Flex) with the interpreter."
+        )
+    return f"TensorFlow's converter refused {whose}{serving.model.name!r}. Its message: {message[:500]}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -25,17 +27,23 @@ class TFLiteRunner:
     """
 
     def __init__(self, content: bytes | str | os.PathLike, num_threads: int = 1):
-        from ai_edge_litert.interpreter import Interpreter
-
         if not isinstance(content, bytes):
             content = pathlib.Path(content).read_bytes()
         self.size_bytes = len(content)
+        self._new = functools.partial(_open, content, num_threads)
+        self._load()
+
+    def _load(self) -> None:
+        """Begins anew, so that what a stateful file keeps is as at the start."""
+        self._fresh = True
         try:
-            self._interpreter = Interpreter(model_content=content, num_threads=num_threads)
+            self._interpreter = self._new()
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
             raise ExportError(
-                f"The standard LiteRT interpreter can't run this file. {str(error).strip().splitlines()[0]}"
+                f"The standard LiteRT interpreter can't run this file. {first} Is it a whole TFLite file, "
+                "and written for builtin operations?"
             ) from error
         self._inputs = self._named("inputs", self._interpreter.get_input_details())
         self._outputs = self._named("outputs", self._interpreter.get_output_details())
@@ -75,20 +83,23 @@ class TFLiteRunner:
                 detail["shape"] = np.array(array.shape)
         self._interpreter.allocate_tensors()
         for name, detail in self._inputs.items():
-            self._interpreter.set_tensor(detail["index"], _quantize(arrays[name], detail))
+            self._interpreter.set_tensor(detail["index"], quantize(arrays[name], detail))
+        self._fresh = False
         self._interpreter.invoke()
         return {
-            name: _dequantize(self._interpreter.get_tensor(detail["index"]), detail)
+            name: dequantize(self._interpreter.get_tensor(detail["index"]), detail)
             for name, detail in self._outputs.items()
         }
 
     def predict(
         self, samples: Samples, names: list[str] | None = None, batch_size: int = 64
     ) -> dict[str, np.ndarray]:
-        """The outputs, by name, for all rows; row by row where the file's batch size is fixed."""
-        if any(detail["shape_signature"][0] != -1 for detail in self.input_details):
-            batch_size = 1
+        """The outputs, by name, for all rows; as many at once as the file takes, where its batch is fixed."""
+        fixed = [int(detail["shape_signature"][0]) for detail in self.input_details]
+        batch_size = batch_size if all(size == -1 for size in fixed) else max(fixed)
         parts = []
+        if not self._fresh:
+            self._load()
         for batch in samples.batches(batch_size):
             parts.append(self.run(dict(zip(names, batch, strict=True)) if names else batch))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -98,7 +109,37 @@ class TFLiteRunner:
         self._interpreter.invoke()
 
 
-def _quantize(array: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
+def _open(content: bytes, num_threads: int) -> Any:
+    from ai_edge_litert.interpreter import Interpreter
+
+    return Interpreter(model_content=content, num_threads=num_threads)
+
+
+def open_with_all_tensors(content: bytes) -> Any:
+    """An interpreter that keeps what is between the operations; the delegate would fuse some of it away."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that keeping all tensors is for debugging
+        return Interpreter(
+            model_content=content,
+            experimental_preserve_all_tensors=True,
+            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+            num_threads=2,
+        )
+
+
+def sample_shape(detail: dict[str, Any]) -> list[int]:
+    """The shape of one sample; open lengths are those that the file was written with."""
+    batch, *sizes = (int(size) for size in detail["shape_signature"])
+    return [
+        max(batch, 1),
+        *(int(now) if size < 0 else size for size, now in zip(sizes, detail["shape"][1:], strict=True)),
+    ]
+
+
+def quantize(array: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
+    """Floats as the integers that an input takes; other inputs as they are."""
     scale, zero_point = detail["quantization"]
     dtype = detail["dtype"]
     if not scale or not np.issubdtype(dtype, np.integer):
@@ -107,7 +148,8 @@ def _quantize(array: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
     return np.clip(np.round(array / scale) + zero_point, limits.min, limits.max).astype(dtype)
 
 
-def _dequantize(array: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
+def dequantize(array: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
+    """The floats that a tensor's integers stand for; other tensors as they are."""
     scale, zero_point = detail["quantization"]
     if not scale or not np.issubdtype(array.dtype, np.integer):
         return array

@@ -34,6 +34,28 @@ class Samples:
         for start in range(0, len(self), batch_size):
             yield tuple(array[start : start + batch_size] for array in self.inputs)
 
+    def first(self, rows: int) -> Samples:
+        """The first rows."""
+        labels = None if self.labels is None else self.labels[:rows]
+        return Samples(tuple(array[:rows] for array in self.inputs), labels, self.made_up)
+
+    def whole_batches(self, batch_size: int | None) -> Samples:
+        """As many rows as fill batches of that size; all where none is fixed.
+
+        Raises:
+            ValueError: There are fewer.
+        """
+        if batch_size is None or len(self) % batch_size == 0:
+            return self
+        rows = len(self) // batch_size * batch_size
+        if rows == 0:
+            raise ValueError(
+                f"There are {len(self)} samples, and the model takes {batch_size} at once. Allowed: at "
+                "least one "
+                "batch. Pass more."
+            )
+        return self.first(rows)
+
 
 def collect_samples(data: Any, specs: list[tf.TensorSpec], limit: int | None, *, argument: str) -> Samples:
     """Takes up to `limit` rows of `data` and checks them against the model's inputs.

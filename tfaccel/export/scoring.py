@@ -45,35 +45,39 @@ class Score:
         return f"score {self.model:.4f} (model) → {self.file:.4f} (file){rows}"
 
 
-def measure_scores(serving: ServingFunction, runner: TFLiteRunner, evaluate: Any, calibration: Any) -> Score:
-    """Scores model and file with the user's function, or by accuracy on labelled data.
+class Scorer:
+    """Scores model and files with the user's function, or by accuracy on labelled data.
 
     Args:
         serving: The model.
-        runner: The file.
         evaluate: A function of `predict`, labelled data, or None to take `calibration`.
         calibration: Labelled data for that case.
 
     Raises:
         ValueError: No labels, or outputs that accuracy does not apply to.
     """
-    names = [spec.name for spec in serving.specs]
 
-    def predict_file(samples: Samples) -> dict[str, np.ndarray]:
-        return runner.predict(samples, names)
+    def __init__(self, serving: ServingFunction, evaluate: Any, calibration: Any):
+        self._serving = serving
+        self._function: Any = evaluate if is_function(evaluate) else None
+        self.samples: Samples | None = None  # what is scored on, where the user's function does not hide it
+        if self._function is None:
+            data, argument = scoring_data(evaluate, calibration)
+            samples = collect_samples(data, serving.specs, None, argument=argument)
+            self.samples = samples.whole_batches(serving.batch_size)
+            self._labels = labels_of(self.samples, argument)
+        self.of_model = self._score(serving.predict)
 
-    if is_function(evaluate):
-        roads = (_for_user(serving.predict, serving), _for_user(predict_file, serving))
-        of_model, of_file = (float(evaluate(road)) for road in roads)
-        return Score(of_model, of_file)
-    data, argument = scoring_data(evaluate, calibration)
-    samples = collect_samples(data, serving.specs, None, argument=argument)
-    labels = labels_of(samples, argument)
-    scores = []
-    for predict in (serving.predict, predict_file):
-        outputs = list(predict(samples).values())
-        scores.append(accuracy(labels, outputs))
-    return Score(scores[0], scores[1], len(samples))
+    def score(self, runner: TFLiteRunner) -> Score:
+        """The file's score beside the model's."""
+        names = [spec.name for spec in self._serving.specs]
+        of_file = self._score(lambda samples: runner.predict(samples, names))
+        return Score(self.of_model, of_file, None if self.samples is None else len(self.samples))
+
+    def _score(self, predict: Predict) -> float:
+        if self.samples is None:
+            return float(self._function(_for_user(predict, self._serving)))
+        return accuracy(self._labels, list(predict(self.samples).values()))
 
 
 def is_function(evaluate: Any) -> bool:

@@ -8,7 +8,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfaccel.export.errors import ExportError
+from tfaccel.export.operations import Scopes, noting_scopes
 from tfaccel.export.samples import Samples, clean_name
+from tfaccel.keras_fixes.inner_layers import inner_layers
+from tfaccel.keras_fixes.lite_operations import composed_for_lite
 
 
 class ServingFunction:
@@ -37,41 +41,80 @@ class ServingFunction:
             )
         self.model = model
         self.structure = input_signature if input_signature is not None else _inputs_of(model)
+        self.states = _states_of(model)
+        if self.states:  # one row of them for each sample
+            batch_size = int(self.states[0].shape[0])
+        self.batch_size = batch_size
         self.specs = _name_inputs(self.structure, batch_size)
+        self.scopes = Scopes()
+        self.outputs: dict[str, Any] = {}
         self._concrete: Any = None
 
-    def _call(self, *flat: tf.Tensor) -> dict[str, tf.Tensor]:
+    def call(self, *flat: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The model's outputs by name, at inference."""
         outputs = self.model(keras.tree.pack_sequence_as(self.structure, list(flat)), training=False)
         return _name_outputs(outputs)
 
     def predict(self, samples: Samples, batch_size: int = 64) -> dict[str, np.ndarray]:
-        """The model's outputs for all rows, by name, as float32 or integers."""
+        """The model's outputs for all rows, by name, as float32 or integers; states begin at zero."""
         if self._concrete is None:
-            function = tf.function(self._call, input_signature=self.specs)
+            function = tf.function(self.call, input_signature=self.specs)
             self._concrete = function.get_concrete_function()
-        parts = [self._concrete(*map(tf.constant, b)) for b in samples.batches(batch_size)]
+        kept = [keras.ops.convert_to_numpy(state) for state in self.states]
+        try:
+            for state in self.states:
+                state.assign(keras.ops.zeros_like(state))
+            batches = samples.batches(self.batch_size or batch_size)
+            parts = [self._concrete(*map(tf.constant, batch)) for batch in batches]
+        finally:
+            for state, value in zip(self.states, kept, strict=True):
+                state.assign(value)
         return {name: np.concatenate([_as_numpy(part[name]) for part in parts]) for name in parts[0]}
 
     def save(self, directory: str) -> None:
-        """Writes a SavedModel with the signature `serving_default`.
+        """Writes a SavedModel with the signature `serving_default`, and notes whose operations are whose.
 
         The weights go in as copies with names of their own. Saving the model's variables fails on
         layer names with a leading underscore or a dot, with an error about "root scope names" or,
-        where Keras's layers are tracked, "'NoneType' object is not callable".
+        where Keras's layers are tracked, "'NoneType' object is not callable". The states of stateful
+        layers become variables of the file, zero at the start.
         """
         module = tf.Module()
         variables = self.model.trainable_variables + self.model.non_trainable_variables
         module.copies = _copies(variables)
+        module.states = [tf.Variable(tf.zeros(state.shape, state.dtype)) for state in self.states]
 
         def call(*flat: tf.Tensor) -> dict[str, tf.Tensor]:
-            values = [tf.convert_to_tensor(copy) for copy in module.copies]
-            mapping = list(zip(variables, values, strict=True))
+            values = [tf.convert_to_tensor(copy) for copy in [*module.copies, *module.states]]
+            mapping = list(zip([*variables, *self.states], values, strict=True))
             # A layer name may not stand at the root of the graph if it begins with an underscore.
-            with keras.StatelessScope(state_mapping=mapping), tf.name_scope("model"):
-                return self._call(*flat)
+            with (
+                keras.StatelessScope(state_mapping=mapping) as scope,
+                tf.name_scope("model"),
+                noting_scopes(self.model) as self.scopes,
+                composed_for_lite(),
+            ):
+                self.outputs = self.call(*flat)
+            for state, kept in zip(self.states, module.states, strict=True):
+                kept.assign(scope.get_current_value(state))
+            return self.outputs
 
-        concrete = tf.function(call, input_signature=self.specs).get_concrete_function()
-        tf.saved_model.save(module, directory, signatures={"serving_default": concrete})
+        try:
+            concrete = tf.function(call, input_signature=self.specs).get_concrete_function()
+            tf.saved_model.save(module, directory, signatures={"serving_default": concrete})
+        except AssertionError as error:  # TensorFlow's, about a resource that is not the module's
+            tables = [layer.name for layer in inner_layers(self.model) if hasattr(layer, "lookup_table")]
+            raise ExportError(
+                f"{', '.join(tables) or self.model.name} can't be converted: it looks values up in a table, "
+                "which LiteRT has for strings only. Nothing was written. Look up before the model, and "
+                "export what comes behind."
+            ) from error
+
+
+def _states_of(model: keras.Model) -> list[keras.Variable]:
+    """What stateful recurrent layers keep from call to call."""
+    stateful = [layer for layer in inner_layers(model) if getattr(layer, "stateful", False)]
+    return [state for layer in stateful for state in keras.tree.flatten(getattr(layer, "states", None) or [])]
 
 
 def _inputs_of(model: keras.Model) -> Any:

@@ -1,6 +1,7 @@
-"""`export_tflite`: converts, runs the result, compares it, and only then gives the path back.
+"""`export_tflite`: converts, quantizes, runs the result, compares it, and only then gives the path back.
 
-Cost: one conversion (a second for a small model) and one run of the samples through model and file.
+Cost: one conversion (a second for a small model), one run of the samples through model and file, and for
+recipes with fixed ranges one more through the float file.
 
 Reference: Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", https://arxiv.org/abs/1712.05877.
@@ -8,66 +9,28 @@ Integer-Arithmetic-Only Inference", https://arxiv.org/abs/1712.05877.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-from tfaccel.export.compare import Parity, compare_outputs
-from tfaccel.export.conversion import convert_model
+from tfaccel.export.calibration import check_for_ranges, check_values
 from tfaccel.export.errors import ExportError
-from tfaccel.export.interpreter import TFLiteRunner
+from tfaccel.export.file import TFLiteFile, write_candidate, write_unproven
+from tfaccel.export.metadata import check_metadata
 from tfaccel.export.recipes import Recipe, find_recipe
+from tfaccel.export.report import report_layers
 from tfaccel.export.samples import Samples, collect_samples, make_up_samples
-from tfaccel.export.scoring import (
-    Score,
-    accuracy,
-    is_function,
-    labels_of,
-    measure_scores,
-    scoring_data,
-)
+from tfaccel.export.scoring import Scorer, accuracy, is_function, labels_of, scoring_data
+from tfaccel.export.selection import Selector, check_selection, recipes_by_operation
 from tfaccel.export.serving import ServingFunction
+from tfaccel.export.workbench import Candidate, Workbench
 from tfaccel.keras_fixes.half_precision import computes_in_half_precision
 
 CALIBRATION_SAMPLES = 500
-
-
-@dataclasses.dataclass(frozen=True)
-class TFLiteFile:
-    """A file that was run and agreed with its model.
-
-    Args:
-        path: Where it lies.
-        recipe: The name of its recipe.
-        size_bytes: Its size.
-        parity: How far its outputs are from the model's.
-        score: Scores of model and file on the labelled data, or None where none was given.
-        samples: How many samples the parity was measured on.
-        on_real_data: False where no data was given and random numbers stood in.
-        batch_size: 1 where the model's loops forced it, and the file takes one sample a call; None where the
-            batch stayed open.
-    """
-
-    path: pathlib.Path
-    recipe: str
-    size_bytes: int
-    parity: Parity
-    score: Score | None
-    samples: int
-    on_real_data: bool
-    batch_size: int | None = None
-
-    def __str__(self) -> str:
-        """A line or two for a person."""
-        rows = "samples" if self.on_real_data else "random samples (pass calibration= for real ones)"
-        text = f"{self.path}: {self.recipe}, {self.size_bytes:,} bytes; {self.parity}"
-        text += f" on {self.samples} {rows}"
-        text += "" if self.batch_size is None else f"; takes {self.batch_size} sample a call"
-        return text if self.score is None else f"{text}; {self.score}"
 
 
 def export_tflite(
@@ -78,27 +41,43 @@ def export_tflite(
     calibration: Any = None,
     evaluate: Any = None,
     max_drop: float | None = None,
+    layers: Mapping[Selector, str] | None = None,
+    strict: bool = False,
+    allow_select_ops: bool = False,
+    metadata: dict[str, Any] | None = None,
     input_signature: Any = None,
 ) -> TFLiteFile:
     """Writes a TFLite file of the model that has been run in LiteRT and compared with the model.
 
     The model itself is not changed. A mixed-precision model is traced in float32, with the same weights. The
     batch size stays open, but for recurrent layers: the converter takes their loops with a known batch only,
-    so the file runs one sample a call, and the result says so. The file is written beside its place and
-    renamed: a failure leaves an older file as it was.
+    so the file runs one sample a call, and the result says so. Fixed ranges can't be measured in a loop, so
+    `"int8"` unrolls it, and the batch stays open. A stateful layer's state is kept in the file from call to
+    call, zero at the start. The file is written beside its place and renamed: a failure leaves an older file
+    as it was.
 
     Args:
         model: A built `keras.Model`: Sequential, Functional or subclassed.
         path: Where the file goes; its folder must exist.
-        recipe: `"float32"`, `"float16"`, `"dynamic_int8"` or `"int8"`; see `tfaccel.export.recipes`.
+        recipe: `"float32"`, `"float16"`, `"weight_only_int8"`, `"dynamic_int8"`, `"int4_weights"`, `"int8"`,
+            `"int8_integer_io"` or `"int16x8"`; see `tfaccel.export.recipes`.
         calibration: Real samples: arrays, `(x, y)`, a `tf.data.Dataset` (of batches or samples, with
-            or without labels) or a `keras.utils.PyDataset`. `"int8"` needs them (up to 500 are used);
-            the other recipes are compared on them.
+            or without labels) or a `keras.utils.PyDataset`. Fixed ranges (`"int8"` and the like) need
+            them, up to 500 are used; the other recipes are compared on them.
         evaluate: What `max_drop` is measured on: labelled data `(x, y)`, a dataset of `(x, y)`, or a
             function that is given `predict` (arrays to outputs) and returns a score, higher is
             better. Labelled data of a classifier is scored by accuracy, 0..1. Default: the labels of
             `calibration`, where it has some and `max_drop` is given.
-        max_drop: How much lower than the model's the file's score may be, e.g. 0.005.
+        max_drop: How much lower than the model's the file's score may be, e.g. 0.005. Default: the file is
+            judged by its SQNR, at least the recipe's `min_sqnr_db`.
+        layers: Another recipe for some layers, by name, class, or a function of the layer:
+            `{"scores": "float32", keras.layers.DepthwiseConv2D: "dynamic_int8"}`. A later rule wins.
+        strict: Refuses a file of an integer recipe in which anything computes in floats. Default: the
+            result's `float_operations` name it.
+        allow_select_ops: Takes TensorFlow's own operations where LiteRT has none. Such a file runs only in an
+            interpreter with the Flex delegate, which no Python package has: it is written unproven, and its
+            `parity` is None. `"float32"` only. Default False.
+        metadata: What the file is to say about itself, such as `{"labels": [...], "input": "0..1"}`; JSON.
         input_signature: Nested `tf.TensorSpec` of the inputs, batch axis included; needed only for a
             subclassed model with several inputs, or with inputs that are not float.
 
@@ -106,7 +85,8 @@ def export_tflite(
         A `TFLiteFile`: path, size, parity and scores.
 
     Raises:
-        ValueError: A bad argument; said before anything is converted.
+        ValueError: A bad argument, or calibration data that the model was not trained on; said before
+            anything is written.
         ExportError: The model can't be converted, the file can't be run on the standard interpreter,
             does not agree with the model, or its score fell by more than `max_drop`.
 
@@ -122,20 +102,37 @@ def export_tflite(
     """
     target = check_path(path)
     chosen = find_recipe(recipe)
-    check_arguments(chosen, calibration, evaluate, max_drop)
-    reference = ServingFunction(model, input_signature)
-    samples = _samples(reference, calibration)
-    content, batch_size = convert_model(model, input_signature, chosen, samples)
-    runner = TFLiteRunner(content)
-    figures = compare_outputs(reference, runner, samples)
-    check_parity(figures, chosen, mixed_precision=computes_in_half_precision(model))
-    score = None
+    check_arguments(chosen, calibration, evaluate, max_drop, layers, metadata)
+    bench = make_bench(model, chosen, calibration, evaluate, max_drop, input_signature, allow_select_ops)
+    operations = bench.converted(chosen.needs_calibration).operations
+    if any(each.kind.startswith("Flex") for each in operations):
+        return write_unproven(target, bench, chosen, metadata)
+    by_operation = recipes_by_operation(layers, operations)
+    candidate = bench.measure(chosen, bench.build(chosen, by_operation))
+    check_candidate(candidate, bench, max_drop, strict)
+    return write_candidate(target, candidate, bench, metadata)
+
+
+def make_bench(
+    model: keras.Model,
+    recipe: Recipe,
+    calibration: Any,
+    evaluate: Any,
+    max_drop: float | None,
+    input_signature: Any,
+    allow_select_ops: bool,
+) -> Workbench:
+    """The model with its data, once all of it is known to be usable."""
+    serving = ServingFunction(model, input_signature)
+    samples = _samples(serving, calibration).whole_batches(serving.batch_size)
+    scorer = None
     if evaluate is not None or max_drop is not None:
-        score = measure_scores(reference, runner, evaluate, calibration)
-        check_drop(score, max_drop)
-    write_beside(target, content)
-    real = not samples.made_up
-    return TFLiteFile(target, chosen.name, len(content), figures, score, len(samples), real, batch_size)
+        scorer = Scorer(serving, evaluate, calibration)
+    if not samples.made_up:
+        check_values(samples, "calibration")
+        if recipe.needs_calibration:
+            check_for_ranges(serving, samples, scorer.samples if scorer else None)
+    return Workbench(model, serving, samples, scorer, input_signature, allow_select_ops)
 
 
 def check_path(path: str | os.PathLike) -> pathlib.Path:
@@ -161,8 +158,17 @@ def check_path(path: str | os.PathLike) -> pathlib.Path:
     return target
 
 
-def check_arguments(recipe: Recipe, calibration: Any, evaluate: Any, max_drop: float | None) -> None:
+def check_arguments(
+    recipe: Recipe,
+    calibration: Any,
+    evaluate: Any,
+    max_drop: float | None,
+    layers: Mapping[Selector, str] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> None:
     """Raises ValueError for arguments that contradict one another."""
+    check_selection(layers, recipe)
+    check_metadata(metadata)
     if recipe.needs_calibration and calibration is None:
         raise ValueError(
             f"recipe={recipe.name!r} needs calibration data, which was not given. Allowed: arrays, a "
@@ -195,8 +201,9 @@ def check_data(
         collect_samples(calibration, serving.specs, 1, argument="calibration")
     if (evaluate is not None or max_drop is not None) and not is_function(evaluate):
         data, argument = scoring_data(evaluate, calibration)
-        samples = collect_samples(data, serving.specs, 1, argument=argument)
-        accuracy(labels_of(samples, argument), list(serving.predict(samples).values()))
+        samples = collect_samples(data, serving.specs, serving.batch_size or 1, argument=argument)
+        rows = samples.whole_batches(serving.batch_size)
+        accuracy(labels_of(rows, argument), list(serving.predict(rows).values()))
 
 
 def _samples(serving: ServingFunction, calibration: Any) -> Samples:
@@ -205,36 +212,58 @@ def _samples(serving: ServingFunction, calibration: Any) -> Samples:
     return collect_samples(calibration, serving.specs, CALIBRATION_SAMPLES, argument="calibration")
 
 
-def check_parity(figures: Parity, recipe: Recipe, mixed_precision: bool) -> None:
-    """Raises ExportError where the file's outputs are not the model's.
+def check_candidate(candidate: Candidate, bench: Workbench, max_drop: float | None, strict: bool) -> None:
+    """Raises ExportError for a file that must not be given away, and says which layer is at fault.
 
     A mixed-precision model computes with 8 (bfloat16) or 11 bits itself, so its own outputs are only
     that exact: 8 bits are 48 dB, less what summing costs.
     """
-    limit = recipe.min_sqnr_db
-    if limit is not None and mixed_precision:
-        limit = min(limit, 20.0)
-    if not np.isfinite(figures.max_abs_error) or (limit is not None and figures.sqnr_db < limit):
+    recipe = candidate.recipe
+    if strict and candidate.float_operations:
         raise ExportError(
-            f"The {recipe.name} file does not agree with the model: {figures}. Nothing was written. "
-            "Check for layers that behave at random at inference, or for values that overflow."
+            f"The {recipe.name} file still computes in floats: {', '.join(candidate.float_operations)}. "
+            "Nothing "
+            "was written. Leave strict=True out, or replace those layers."
         )
+    problem = find_problem(candidate, max_drop, computes_in_half_precision(bench.model))
+    if problem:
+        raise ExportError(f"{problem} Nothing was written. {_culprits(candidate, bench)}")
 
 
-def check_drop(score: Score, max_drop: float | None) -> None:
-    """Raises ExportError where the file scores lower than is allowed."""
-    if max_drop is not None and score.drop > max_drop:
-        raise ExportError(
-            f"The file's score fell by {score.drop:.4f}, more than max_drop={max_drop} ({score}). "
-            "Nothing was written. Try 'dynamic_int8' or 'float16', or more calibration data."
+def find_problem(candidate: Candidate, max_drop: float | None, mixed_precision: bool = False) -> str:
+    """Why a file is not good enough, or an empty text."""
+    figures, name = candidate.parity, candidate.recipe.name
+    if not np.isfinite(figures.max_abs_error):
+        return f"The {name} file does not agree with the model: {figures}."
+    if max_drop is not None and candidate.score is not None:
+        if candidate.score.drop > max_drop:
+            return (
+                f"The file's score fell by {candidate.score.drop:.4f}, more than max_drop={max_drop} "
+                f"({candidate.score})."
+            )
+        if candidate.recipe.weight_bits < 16:
+            return ""
+    limit = candidate.recipe.min_sqnr_db
+    limit = min(limit, 20.0) if mixed_precision else limit
+    if figures.sqnr_db < limit:
+        return (
+            f"The {name} file does not agree with the model: {figures}, and at least {limit:g} dB are asked."
         )
+    return ""
 
 
-def write_beside(target: pathlib.Path, content: bytes) -> None:
-    """Writes the whole file under another name, then gives it its own."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+def _culprits(candidate: Candidate, bench: Workbench) -> str:
+    """Which layers hurt most, and what to try."""
+    if candidate.recipe.weight_bits > 16:
+        return "Check for layers that behave at random at inference, or for values that overflow."
+    fixed = candidate.recipe.needs_calibration
+    worst = [row for row in report_layers(bench, candidate.content, fixed).rows[:3] if row.added_noise > 0]
+    if not worst:
+        return "Try 'dynamic_int8' or 'float16', or more calibration data."
+    named = ", ".join(f"{row.layer} ({row.sqnr_db:.0f} dB behind it)" for row in worst)
+    first = worst[0].layer
+    return (
+        f"Most is lost at {named}. Give such layers another recipe, as layers={{{first!r}: 'float32'}}, or "
+        "take "
+        "'dynamic_int8' or 'float16', or more calibration data."
+    )

@@ -22,16 +22,18 @@ from collections.abc import Iterator
 
 import keras
 
+from tfaccel.keras_fixes.inner_layers import inner_layers
+
 
 def computes_in_half_precision(model: keras.Model) -> bool:
     """Whether any layer computes in float16 or bfloat16."""
-    return any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers())
+    return any(layer.compute_dtype in ("float16", "bfloat16") for layer in inner_layers(model))
 
 
 @contextlib.contextmanager
 def computing_in_float32(model: keras.Model) -> Iterator[None]:
     """Every layer computes in float32 in the block, whatever its policy; not for use by two threads."""
-    layers = [layer for layer in model._flatten_layers() if layer.compute_dtype in ("float16", "bfloat16")]
+    layers = [layer for layer in inner_layers(model) if layer.compute_dtype in ("float16", "bfloat16")]
     policies = [layer.dtype_policy for layer in layers]
     try:
         for layer in layers:

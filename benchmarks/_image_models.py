@@ -1,0 +1,115 @@
+"""Two small CIFAR-10 nets, trained once and kept: what the export benchmarks quantize."""
+
+import pathlib
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+import tfaccel
+from benchmarks import datasets
+
+NAMES = ("residual", "separable")
+EPOCHS = {"residual": 14, "separable": 14}
+
+
+def trained(name: str) -> tuple[keras.Model, dict[str, np.ndarray]]:
+    """The net with its weights, from the cache or trained now, and CIFAR-10 as float32 0..1."""
+    data = datasets.load("cifar10")
+    for split in ("train", "test"):
+        data[f"x_{split}"] = data[f"x_{split}"].astype("float32") / 255
+    path = kept(name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model = train(name, data)
+        partial = path.with_name(f"partial-{path.name}")
+        model.save(partial)
+        partial.replace(path)
+    return keras.models.load_model(path, compile=False), data
+
+
+def kept(name: str) -> pathlib.Path:
+    """Where the trained net lies."""
+    return datasets.cache().parent / "models" / f"cifar10-{name}.keras"
+
+
+def train(name: str, data: dict[str, np.ndarray]) -> keras.Model:
+    """One-cycle AdamW on flipped and shifted images."""
+    keras.utils.set_random_seed(0)
+    accelerator = tfaccel.Accelerator()
+    with accelerator.scope():
+        model = build(name)
+        model.compile(
+            keras.optimizers.AdamW(weight_decay=0.02),
+            keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1),
+            metrics=["accuracy"],
+            **accelerator.compile_options(),
+        )
+    labels = keras.utils.to_categorical(data["y_train"], 10)
+    batches = (
+        tf.data.Dataset.from_tensor_slices((data["x_train"], labels))
+        .shuffle(50_000, seed=0)
+        .batch(128, drop_remainder=True)
+        .map(_shift_and_flip, num_parallel_calls=2)
+        .prefetch(4)
+    )
+    begun = time.monotonic()
+    model.fit(
+        batches,
+        epochs=EPOCHS[name],
+        verbose=2,
+        callbacks=[tfaccel.OneCycle(max_learning_rate=6e-3)],
+    )
+    accuracy = model.evaluate(
+        data["x_test"], keras.utils.to_categorical(data["y_test"], 10), batch_size=500, verbose=0
+    )[1]
+    print(f"{name}: {accuracy:.4f} on the test set after {time.monotonic() - begun:.0f} s", flush=True)
+    return model
+
+
+def build(name: str) -> keras.Model:
+    """A quarter-width ResNet-9, or a MobileNet of eight separable blocks."""
+    inputs = keras.Input((32, 32, 3), name="image")
+    x = _residual(inputs) if name == "residual" else _separable(inputs)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(inputs, layers.Dense(10, name="scores")(x), name=name)
+
+
+def _residual(x):
+    x = _block(x, 16, "stem")
+    for units in (32, 64, 128):
+        x = _block(x, units, f"down_{units}", strides=2)
+        if units != 64:
+            y = _block(_block(x, units, f"first_{units}"), units, f"second_{units}")
+            x = layers.Add(name=f"add_{units}")([x, y])
+    return x
+
+
+def _separable(x):
+    x = _block(x, 32, "stem")
+    for index, (units, strides) in enumerate(
+        [(64, 1), (96, 2), (96, 1), (192, 2), (192, 1), (192, 1), (256, 2), (256, 1)]
+    ):
+        x = layers.DepthwiseConv2D(3, strides, padding="same", use_bias=False, name=f"depthwise_{index}")(x)
+        x = layers.BatchNormalization(name=f"depthwise_norm_{index}")(x)
+        x = layers.ReLU(6.0, name=f"depthwise_relu_{index}")(x)
+        x = _block(x, units, f"pointwise_{index}", size=1)
+    return x
+
+
+def _block(x, units: int, name: str, strides: int = 1, size: int = 3):
+    x = layers.Conv2D(units, size, strides, padding="same", use_bias=False, name=f"{name}_conv")(x)
+    return layers.ReLU(name=f"{name}_relu")(layers.BatchNormalization(name=f"{name}_norm")(x))
+
+
+def _shift_and_flip(images, labels):
+    padded = tf.pad(images, [[0, 0], [4, 4], [4, 4], [0, 0]])
+    rows = tf.shape(images)[0]
+    offsets = tf.random.uniform([rows, 2], 0, 9, tf.int32)
+    at = offsets[:, None, :] + tf.range(32)[None, :, None]
+    shifted = tf.gather(padded, at[..., 0], axis=1, batch_dims=1)
+    shifted = tf.gather(shifted, at[..., 1], axis=2, batch_dims=1)
+    flip = tf.random.uniform([rows, 1, 1, 1]) < 0.5
+    return tf.where(flip, shifted[:, :, ::-1], shifted), labels

@@ -1,0 +1,129 @@
+"""One model on its way to a file: what it was converted to, its ranges and its outputs, each made once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfaccel.export.compare import Parity, compare_with
+from tfaccel.export.conversion import Converted, convert_model
+from tfaccel.export.interpreter import TFLiteRunner
+from tfaccel.export.quantization import Ranges, measure_ranges, quantize
+from tfaccel.export.recipes import Recipe
+from tfaccel.export.samples import Samples
+from tfaccel.export.scoring import Score, Scorer
+from tfaccel.export.serving import ServingFunction
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A file that was built and run, not written yet.
+
+    Args:
+        recipe: Of the file.
+        content: Its bytes.
+        parity: Against the model, on the samples.
+        score: Of model and file, where there is something to score on.
+        batch_size: Where it is fixed.
+        float_operations: What computes in floats though the recipe is for integers, by kind and layer.
+    """
+
+    recipe: Recipe
+    content: bytes
+    parity: Parity
+    score: Score | None
+    batch_size: int | None
+    float_operations: tuple[str, ...]
+
+
+class Workbench:
+    """A model and the data that its files are measured on.
+
+    Args:
+        model: Built.
+        samples: Real ones, or made up.
+        scorer: What scores model and file, if anything does.
+        input_signature: As for `export_tflite`.
+        allow_select_ops: As for `export_tflite`.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        serving: ServingFunction,
+        samples: Samples,
+        scorer: Scorer | None = None,
+        input_signature: Any = None,
+        allow_select_ops: bool = False,
+    ):
+        self.model = model
+        self.serving = serving
+        self.samples = samples
+        self.allow_select_ops = allow_select_ops
+        self._scorer = scorer
+        self._input_signature = input_signature
+        self._converted: dict[bool, Converted] = {}
+        self._ranges: Ranges | None = None
+        self._reference: dict[str, np.ndarray] | None = None
+
+    def converted(self, fixed_ranges: bool) -> Converted:
+        """The float file; without loops where activations are to have fixed ranges."""
+        if fixed_ranges not in self._converted:
+            self._converted[fixed_ranges] = convert_model(
+                self.model,
+                self._input_signature,
+                fixed_ranges=fixed_ranges,
+                allow_select_ops=self.allow_select_ops,
+            )
+        return self._converted[fixed_ranges]
+
+    def build(self, recipe: Recipe, chosen: Mapping[str, Recipe] | None = None) -> bytes:
+        """The file's bytes."""
+        float_file = self.converted(recipe.needs_calibration)
+        if recipe.weight_bits == 32 and not chosen:
+            return float_file.content
+        if recipe.needs_calibration and self._ranges is None:
+            names = [spec.name for spec in self.serving.specs]
+            self._ranges = measure_ranges(float_file.content, names, self.samples, float_file.batch_size)
+        ranges = self._ranges if recipe.needs_calibration else None
+        return quantize(float_file.content, recipe, float_file.operations, ranges, chosen)
+
+    def measure(self, recipe: Recipe, content: bytes) -> Candidate:
+        """Runs a file, and compares it with the model."""
+        float_file = self.converted(recipe.needs_calibration)
+        runner = TFLiteRunner(content)
+        left = float_operations(content, float_file) if recipe.activation_bits else ()
+        score = self._scorer.score(runner) if self._scorer else None
+        return Candidate(recipe, content, self.parity(runner), score, float_file.batch_size, left)
+
+    def parity(self, runner: TFLiteRunner) -> Parity:
+        """How far a file's outputs are from the model's."""
+        if self._reference is None:
+            self._reference = self.serving.predict(self.samples)
+        names = [spec.name for spec in self.serving.specs]
+        return compare_with(self._reference, runner, self.samples, names)
+
+
+def float_operations(content: bytes, float_file: Converted) -> tuple[str, ...]:
+    """What still computes in floats, as "KIND of layer"; turning floats into integers does not count."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    file = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    graph = file.subgraphs[0]
+    kinds = {code: name for name, code in vars(flatbuffer_utils.BuiltinOperator).items() if type(code) is int}
+    whose = {each.outputs[0]: each for each in float_file.operations if each.outputs}
+    left = []
+    for each in graph.operators:
+        kind = kinds[file.operatorCodes[each.opcodeIndex].builtinCode]
+        types = {graph.tensors[i].type for i in each.outputs}
+        if kind in ("QUANTIZE", "DEQUANTIZE") or flatbuffer_utils.TensorType.FLOAT32 not in types:
+            continue
+        name = graph.tensors[each.outputs[0]].name.decode()
+        known = whose.get(name) or whose.get(name.removesuffix("_dequant"))
+        layer = f" of {known.layer.name}" if known is not None and known.layer is not None else ""
+        left.append(f"{kind}{layer}")
+    return tuple(left)

@@ -1,0 +1,94 @@
+"""Some of Keras's operations are TensorFlow ones that LiteRT lacks, though it has all that they are made of.
+
+`keras.ops.argmax` looks at the sign bit of zeros (BitwiseAnd), `MaxPooling3D` is one operation (MaxPool3D),
+`CategoryEncoding` counts with DenseBincount. TensorFlow's converter refuses each of them. `Flatten` and
+`Reshape` ask for the batch size (Shape), which a quantizer answers with a copy of the tensor in floats.
+
+Smallest reproduction (TensorFlow 2.21, Keras 3.15.1):
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.ops.argmax(inputs, -1))
+    tf.lite.TFLiteConverter.from_keras_model(model).convert()   # 'tf.BitwiseAnd' op is neither ... nor a
+    flex op
+
+The fix acts while a model is traced for LiteRT: a sign is a comparison with zero (LiteRT does not tell -0.0
+from 0.0), pooling over a volume is pooling over its planes and then over their depth, counting is the sum of
+one-hot
+rows, and the one open length of a reshape is -1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+from keras.src.backend.tensorflow import numpy as keras_numpy
+
+from tfaccel.keras_fixes.patch import Patch, all_active
+
+
+def _signbit(original: Callable, setting: Callable[[], Any]) -> Callable:
+    return lambda x: tf.less(x, tf.zeros((), x.dtype)) if setting() else original(x)
+
+
+def _max_pool(original: Callable, setting: Callable[[], Any]) -> Callable:
+    def max_pool(
+        input: tf.Tensor, ksize: Any, strides: Any, padding: str, data_format: Any = None, **rest: Any
+    ) -> tf.Tensor:
+        if not setting() or len(input.shape) != 5:
+            return original(input, ksize, strides, padding, data_format, **rest)
+        size, stride = _of_volume(ksize), _of_volume(strides)
+        shape = tf.shape(input)
+        planes = tf.reshape(input, [-1, *input.shape[2:]])
+        planes = original(planes, size[1:], stride[1:], padding)
+        height, width, channels = planes.shape[1:]
+        columns = tf.reshape(planes, [-1, input.shape[1], height * width, channels])
+        pooled = original(columns, [size[0], 1], [stride[0], 1], padding)
+        return tf.reshape(pooled, [shape[0], pooled.shape[1], height, width, channels])
+
+    return max_pool
+
+
+def _of_volume(value: Any) -> list[int]:
+    """Three sizes out of one, or of three."""
+    return [value] * 3 if isinstance(value, int) else list(value)
+
+
+def _reshape(original: Callable, setting: Callable[[], Any]) -> Callable:
+    def reshape(x: Any, newshape: Any) -> tf.Tensor:
+        if setting() and isinstance(newshape, tuple | list):
+            open_ones = [axis for axis, size in enumerate(newshape) if not isinstance(size, int)]
+            if len(open_ones) == 1 and -1 not in [size for size in newshape if isinstance(size, int)]:
+                newshape = [-1 if axis in open_ones else size for axis, size in enumerate(newshape)]
+        return original(x, newshape)
+
+    return reshape
+
+
+def _bincount(original: Callable, setting: Callable[[], Any]) -> Callable:
+    def bincount(arr: Any, weights: Any = None, minlength: Any = None, **rest: Any) -> tf.Tensor:
+        known = isinstance(minlength, int) and rest.get("maxlength") == minlength and rest.get("axis") == -1
+        if not setting() or not known:
+            return original(arr, weights=weights, minlength=minlength, **rest)
+        dtype = tf.as_dtype(rest.get("dtype") or tf.int32)
+        rows = tf.one_hot(tf.cast(arr, tf.int32), minlength, dtype=dtype)
+        if weights is not None:
+            rows *= tf.cast(weights, dtype)[..., None]
+        return tf.reduce_max(rows, -2) if rest.get("binary_output") else tf.reduce_sum(rows, -2)
+
+    return bincount
+
+
+_PATCHES = (
+    Patch(keras_numpy, "signbit", _signbit),
+    Patch(keras_numpy, "reshape", _reshape),
+    Patch(tf.nn, "max_pool", _max_pool),
+    Patch(tf.math, "bincount", _bincount),
+)
+
+
+def composed_for_lite() -> contextlib.AbstractContextManager[None]:
+    """Lets this thread trace operations that LiteRT has while the block lasts."""
+    return all_active(_PATCHES, True)
