@@ -139,6 +139,15 @@ def find_operations(content: bytes, scopes: Scopes, outputs: dict[str, Any]) -> 
     return found
 
 
+def constant_names(content: bytes) -> set[str]:
+    """The names of the tensors of a file that hold constants, such as weights."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    file = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    tensors = [tensor for graph in file.subgraphs for tensor in graph.tensors]
+    return {each.name.decode() for each in tensors if file.buffers[each.buffer].data is not None}
+
+
 def _layer_of_names(names: list[str], scopes: Scopes) -> keras.layers.Layer | None:
     """Of the layers that were fused the one with weights to multiply by, else the first."""
     layers = [scopes.layer_named(part) for name in names for part in name.split(";")]

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from tfaccel.export.interpreter import open_with_all_tensors
-from tfaccel.export.operations import Operation
+from tfaccel.export.operations import Operation, constant_names
 from tfaccel.export.recipes import RECIPES, Recipe
 from tfaccel.export.samples import Samples
 
 WIDEST = 1e6  # beyond this a value is a mask or an overflow, and no eight bits hold it and the others
 BLOCK = 32  # weights that share a scale, along the inputs of a dense layer
 CALIBRATION_BATCH = 16
+ROUNDED_KINDS = ("FULLY_CONNECTED", "CONV_2D")
 FOUR_BIT_KINDS = ("FULLY_CONNECTED", "CONV_2D", "EMBEDDING_LOOKUP")  # LiteRT has kernels for these
 
 Ranges = dict[str, dict[str, np.ndarray]]
@@ -113,11 +114,24 @@ def _leave(work: Any, scope: str, kind: str) -> None:
     work.update_quantization_recipe(scope, name, None, quantizer.AlgorithmName.NO_QUANTIZE)
 
 
+def bits_to_round(
+    recipe: Recipe, operations: Sequence[Operation], chosen: Mapping[str, Recipe] | None = None
+) -> dict[str, int]:
+    """Whose weights are worth rounding with the samples, and to how many bits; by the tensor they make."""
+    bits = {}
+    for each in operations:
+        own = (chosen or {}).get(each.outputs[0], recipe) if each.outputs else recipe
+        wanted = own.weight_bits == 4 or (own.weight_bits == 8 and own.needs_calibration)
+        if wanted and each.kind in ROUNDED_KINDS and not (own.weight_bits == 4 and _in_blocks(each)):
+            bits[each.outputs[0]] = own.weight_bits
+    return bits
+
+
 def _too_wide(operation: Operation, ranges: Ranges) -> bool:
     """Whether it makes or reads values that no integer range can hold, such as the -1e9 of a mask."""
     for name in (*operation.outputs, *operation.inputs):
         known = ranges.get(name)
-        if known is not None and not max(abs(known["min"].item()), abs(known["max"].item())) < WIDEST:
+        if known is not None and not max(-known["min"].min(), known["max"].max()) < WIDEST:
             return True
     return False
 
@@ -127,7 +141,9 @@ def _in_blocks(operation: Operation) -> bool:
 
 
 def measure_ranges(content: bytes, names: list[str], samples: Samples, batch_size: int | None) -> Ranges:
-    """The smallest and largest value of each tensor over all samples.
+    """The smallest and largest value of each activation over all samples.
+
+    Not of weights: those have a range for each output channel, which the quantizer finds itself.
 
     Args:
         content: A float file.
@@ -137,11 +153,13 @@ def measure_ranges(content: bytes, names: list[str], samples: Samples, batch_siz
     """
     interpreter = open_with_all_tensors(content)
     runner = interpreter.get_signature_runner()
+    constants = constant_names(content)
     ranges: Ranges = {}
     for batch in samples.batches(batch_size or CALIBRATION_BATCH):
         runner(**dict(zip(names, batch, strict=True)))
         for detail in interpreter.get_tensor_details():
-            _widen(ranges, interpreter, detail)
+            if detail["name"] not in constants:
+                _widen(ranges, interpreter, detail)
     return ranges
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from tfaccel.export.compare import Parity, compare_with
 from tfaccel.export.conversion import Converted, convert_model
 from tfaccel.export.interpreter import TFLiteRunner
-from tfaccel.export.quantization import Ranges, measure_ranges, quantize
+from tfaccel.export.quantization import Ranges, bits_to_round, measure_ranges, quantize
 from tfaccel.export.recipes import Recipe
+from tfaccel.export.rounding import Rounder
 from tfaccel.export.samples import Samples
 from tfaccel.export.scoring import Score, Scorer
 from tfaccel.export.serving import ServingFunction
@@ -68,6 +69,7 @@ class Workbench:
         self._input_signature = input_signature
         self._converted: dict[bool, Converted] = {}
         self._ranges: Ranges | None = None
+        self._rounders: dict[bool, Rounder] = {}
         self._reference: dict[str, np.ndarray] | None = None
 
     def converted(self, fixed_ranges: bool) -> Converted:
@@ -90,7 +92,21 @@ class Workbench:
             names = [spec.name for spec in self.serving.specs]
             self._ranges = measure_ranges(float_file.content, names, self.samples, float_file.batch_size)
         ranges = self._ranges if recipe.needs_calibration else None
-        return quantize(float_file.content, recipe, float_file.operations, ranges, chosen)
+        content = float_file.content
+        bits = bits_to_round(recipe, float_file.operations, chosen)
+        if bits and not self.samples.made_up:
+            content, grids = self._rounder(recipe.needs_calibration).apply(bits)
+            ranges = {**(ranges or {}), **grids}
+        return quantize(content, recipe, float_file.operations, ranges, chosen)
+
+    def _rounder(self, fixed_ranges: bool) -> Rounder:
+        if fixed_ranges not in self._rounders:
+            names = [spec.name for spec in self.serving.specs]
+            float_file = self.converted(fixed_ranges)
+            self._rounders[fixed_ranges] = Rounder(
+                float_file.content, names, self.samples, float_file.batch_size
+            )
+        return self._rounders[fixed_ranges]
 
     def measure(self, recipe: Recipe, content: bytes) -> Candidate:
         """Runs a file, and compares it with the model."""

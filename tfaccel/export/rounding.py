@@ -1,0 +1,214 @@
+"""Weights rounded so that what their layer computes on real samples changes least.
+
+Rounding to nearest treats each weight alone. Here the error of one is made up for by those that are not
+rounded yet, weighted by how the layer's inputs go together on the calibration samples (GPTQ).
+
+Cost: for a layer with K weights a unit one matrix of K × K, and K steps: seconds for a small net.
+
+Reference: Frantar et al., 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", https://arxiv.org/abs/2210.17323, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfaccel.export.interpreter import open_with_all_tensors
+from tfaccel.export.quantization import Ranges
+from tfaccel.export.samples import Samples
+
+DAMPING = 0.01  # of the mean diagonal: keeps the inverse tame where inputs go together
+ROWS = 16_384  # of inputs that are looked at, over all samples
+BATCH = 16
+COLUMNS = 128  # that are rounded before the others are made up
+CLIPS = np.linspace(1.0, 0.4, 25)  # of the largest weight: ranges that are tried
+
+
+def best_scales(weights: np.ndarray, bits: int, importance: np.ndarray | None = None) -> np.ndarray:
+    """The scale of each output channel with the least squared error of rounding.
+
+    Args:
+        weights: Of shape `(channels, K)`.
+        bits: Of the integers, symmetric about zero.
+        importance: Of each of the K weights, as a factor of its squared error; default all alike.
+
+    Returns:
+        Shape `(channels, 1)`, never 0.
+    """
+    top = 2 ** (bits - 1) - 1
+    largest = np.maximum(np.abs(weights).max(1, keepdims=True), 1e-12) / top
+    importance = np.ones(weights.shape[1]) if importance is None else importance
+    best, least = largest, np.full_like(largest, np.inf)
+    for clip in CLIPS:
+        scale = largest * clip
+        error = (np.clip(np.round(weights / scale), -top, top) * scale - weights) ** 2 @ importance
+        better = error[:, None] < least
+        best, least = np.where(better, scale, best), np.where(better, error[:, None], least)
+    return best
+
+
+def round_with_inputs(weights: np.ndarray, scales: np.ndarray, bits: int, products: np.ndarray) -> np.ndarray:
+    """Rounded weights, as floats on the grid of their channel.
+
+    Args:
+        weights: Of shape `(channels, K)`.
+        scales: Of shape `(channels, 1)`.
+        bits: Of the integers.
+        products: Of the inputs with one another, summed over samples, shape `(K, K)`.
+    """
+    top = 2 ** (bits - 1) - 1
+    order = np.argsort(-np.diag(products), kind="stable")  # what matters most is rounded first
+    left = weights[:, order].astype(np.float64)
+    factor = _inverse_factor(products[np.ix_(order, order)])
+    rounded = np.empty_like(left)
+    for start in range(0, left.shape[1], COLUMNS):
+        stop = min(start + COLUMNS, left.shape[1])
+        errors = np.empty((len(left), stop - start))
+        for k in range(start, stop):
+            rounded[:, k] = np.clip(np.round(left[:, k] / scales[:, 0]), -top, top) * scales[:, 0]
+            errors[:, k - start] = (left[:, k] - rounded[:, k]) / factor[k, k]
+            left[:, k + 1 : stop] -= np.outer(errors[:, k - start], factor[k, k + 1 : stop])
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    result = np.empty_like(rounded)
+    result[:, order] = rounded
+    return result.astype(np.float32)
+
+
+def _inverse_factor(products: np.ndarray) -> np.ndarray:
+    """The upper Cholesky factor of the inverse of the damped products."""
+    hessian = products.astype(np.float64)
+    dead = np.diag(hessian) == 0
+    hessian[dead, dead] = 1.0
+    hessian[np.diag_indices_from(hessian)] += DAMPING * np.mean(np.diag(hessian))
+    return np.linalg.cholesky(np.linalg.inv(hessian)).T
+
+
+class Rounder:
+    """Rounds layers of a float file; what was measured and rounded once is kept for the next mix of recipes.
+
+    Args:
+        content: The float file.
+        names: Its inputs, in the order of the samples' arrays.
+        samples: Real ones.
+        batch_size: Where the file has a fixed one.
+    """
+
+    def __init__(self, content: bytes, names: list[str], samples: Samples, batch_size: int | None):
+        self._content = content
+        self._names = names
+        self._samples = samples
+        self._batch_size = batch_size
+        self._products: dict[str, np.ndarray] = {}
+        self._rounded: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def apply(self, bits: dict[str, int]) -> tuple[bytes, Ranges]:
+        """The file with weights on grids, and the ranges of these grids.
+
+        Args:
+            bits: Of the operations that are to be rounded (convolutions and dense layers are), by the tensor
+                that they make.
+        """
+        from ai_edge_litert.tools import flatbuffer_utils
+
+        file = flatbuffer_utils.read_model_from_bytearray(bytearray(self._content))
+        layers = [layer for layer in _layers(file, flatbuffer_utils) if layer.output in bits]
+        self._measure([layer for layer in layers if layer.name not in self._products])
+        ranges: Ranges = {}
+        done: dict[int, int] = {}
+        for layer in layers:
+            # Weights that several layers share are rounded for the first one.
+            if (
+                done.setdefault(layer.buffer, bits[layer.output]) != bits[layer.output]
+                or layer.name in ranges
+            ):
+                continue
+            values, edge = self._round(layer, bits[layer.output])
+            file.buffers[layer.buffer].data = np.frombuffer(values.astype("<f4").tobytes(), np.uint8)
+            ranges[layer.name] = {"min": -edge, "max": edge}
+        return bytes(flatbuffer_utils.convert_object_to_bytearray(file)), ranges
+
+    def _round(self, layer: _Layer, bits: int) -> tuple[np.ndarray, np.ndarray]:
+        if (layer.name, bits) not in self._rounded:
+            weights = layer.weights.reshape(layer.shape[0], -1)
+            products = self._products[layer.name]
+            scales = best_scales(weights, bits, np.diag(products))
+            edge = scales * (2 ** (bits - 1) - 1)
+            self._rounded[layer.name, bits] = (
+                round_with_inputs(weights, scales, bits, products),
+                edge.reshape(-1, *[1] * (len(layer.shape) - 1)).astype(np.float32),
+            )
+        return self._rounded[layer.name, bits]
+
+    def _measure(self, layers: list[_Layer]) -> None:
+        """Sums the products of each layer's inputs with one another."""
+        if not layers:
+            return
+        interpreter = open_with_all_tensors(self._content)
+        runner = interpreter.get_signature_runner()
+        indices = {detail["name"]: detail["index"] for detail in interpreter.get_tensor_details()}
+        random = np.random.default_rng(0)
+        size = self._batch_size or BATCH
+        share = max(1, ROWS * size // len(self._samples))
+        for batch in self._samples.batches(size):
+            runner(**dict(zip(self._names, batch, strict=True)))
+            for layer in layers:
+                rows = _rows(interpreter.get_tensor(indices[layer.input]), layer)
+                if len(rows) > share:
+                    rows = rows[random.choice(len(rows), share, replace=False)]
+                known = self._products.setdefault(layer.name, np.zeros((rows.shape[1],) * 2))
+                known += rows.T @ rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A convolution or a dense layer of a file: `weights` are those of `name`, in `buffer`."""
+
+    name: str
+    input: str
+    output: str
+    buffer: int
+    shape: tuple[int, ...]
+    weights: np.ndarray
+    options: Any
+
+
+def _layers(file: Any, utils: Any) -> Iterator[_Layer]:
+    graph = file.subgraphs[0]
+    for each in graph.operators:
+        code = file.operatorCodes[each.opcodeIndex].builtinCode
+        if code not in (utils.BuiltinOperator.CONV_2D, utils.BuiltinOperator.FULLY_CONNECTED):
+            continue
+        read, kernel, made = (graph.tensors[i] for i in (*each.inputs[:2], each.outputs[0]))
+        data = file.buffers[kernel.buffer].data
+        if data is None:
+            continue
+        yield _Layer(
+            kernel.name.decode(),
+            read.name.decode(),
+            made.name.decode(),
+            kernel.buffer,
+            tuple(int(size) for size in kernel.shape),
+            np.frombuffer(bytes(bytearray(data)), "<f4").astype(np.float32),
+            each.builtinOptions,
+        )
+
+
+def _rows(inputs: np.ndarray, layer: _Layer) -> np.ndarray:
+    """The inputs as rows that the weights of a unit are multiplied with."""
+    if len(layer.shape) == 2:
+        return inputs.reshape(-1, layer.shape[1])
+    _, height, width, channels = layer.shape
+    options = layer.options
+    patches = tf.image.extract_patches(
+        inputs[..., :channels],  # of grouped convolutions the first group stands for all
+        [1, height, width, 1],
+        [1, options.strideH, options.strideW, 1],
+        [1, options.dilationHFactor, options.dilationWFactor, 1],
+        "SAME" if options.padding == 0 else "VALID",
+    )
+    return patches.numpy().reshape(-1, height * width * channels)

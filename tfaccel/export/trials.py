@@ -1,0 +1,111 @@
+"""What a search measured, kept in a file so that one that was cut off can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+
+import keras
+
+from tfaccel.errors import refuse
+from tfaccel.export.workbench import Workbench
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One candidate of a search.
+
+    Args:
+        recipe: Of the file.
+        layers: Pairs of a layer's name and its own recipe.
+        size_bytes: Of the file.
+        latency_ms: Of one sample on one thread, median.
+        score: On the labelled data, higher is better.
+        drop: How much lower that is than the model's.
+        sqnr_db: Against the model's outputs.
+    """
+
+    recipe: str
+    layers: tuple[tuple[str, str], ...]
+    size_bytes: int
+    latency_ms: float
+    score: float
+    drop: float
+    sqnr_db: float
+
+    @property
+    def title(self) -> str:
+        """The recipe, and how many layers have another one."""
+        others = sorted({name for _, name in self.layers})
+        return self.recipe + (f", {len(self.layers)} layers {' and '.join(others)}" if self.layers else "")
+
+    def beats(self, other: Trial) -> bool:
+        """Whether it is nowhere worse in size, latency and score, and somewhere better."""
+        mine = (self.size_bytes, self.latency_ms, self.drop)
+        theirs = (other.size_bytes, other.latency_ms, other.drop)
+        return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
+
+
+class TrialLog:
+    """Trials of one model on one set of data, in a file of lines of JSON or in memory only.
+
+    Args:
+        path: The file; it is made where there is none. None keeps nothing.
+        bench: Whose trials they are: those of other weights or samples in the file are passed over.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, bench: Workbench):
+        self._path = None if path is None else pathlib.Path(path)
+        self._key = _fingerprint(bench) if self._path is not None else ""
+        self._trials: list[Trial] = []
+        if self._path is not None and self._path.exists():
+            self._trials = list(self._read(self._path.read_text()))
+
+    def _read(self, text: str) -> list[Trial]:
+        trials = []
+        lines = text.split("\n")
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                facts = json.loads(line)
+                key, layers = facts.pop("of"), tuple(tuple(pair) for pair in facts.pop("layers"))
+                trial = Trial(layers=layers, **facts)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                if number == len(lines) - 1:
+                    continue  # the line that was being written when the search was cut off
+                raise refuse(
+                    "resume_from", str(self._path), "a file that a search wrote", "Take another path."
+                ) from error
+            if key == self._key:
+                trials.append(trial)
+        return trials
+
+    def find(self, recipe: str, layers: dict[str, str]) -> Trial | None:
+        """The trial of a mix, if there was one."""
+        wanted = tuple(sorted(layers.items()))
+        return next((t for t in self._trials if (t.recipe, t.layers) == (recipe, wanted)), None)
+
+    def add(self, trial: Trial) -> Trial:
+        """Keeps a trial, and gives it back."""
+        self._trials.append(trial)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(trial) | {"of": self._key}) + "\n")
+        return trial
+
+
+def _fingerprint(bench: Workbench) -> str:
+    """Of weights and samples."""
+    digest = hashlib.sha256()
+    for weight in bench.model.weights:
+        digest.update(keras.ops.convert_to_numpy(weight).tobytes())
+    for array in bench.samples.inputs:
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
