@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +21,10 @@ from tfaccel.archives import read_archive
 from tfaccel.cluster import find_cluster
 from tfaccel.demo.images import load_images
 from tfaccel.demo.run import run_demo
+from tfaccel.errors import refuse
 from tfaccel.export.recipes import RECIPES
+from tfaccel.export.search import OBJECTIVES
+from tfaccel.keras_fixes.keras_2_files import loading_keras_2
 from tfaccel.launch import kubernetes
 from tfaccel.prepare import execution, precision, strategy
 
@@ -71,23 +75,40 @@ def parser() -> argparse.ArgumentParser:
 
     _add_launch(commands)
 
-    command = _add(commands, "export", run_export, "convert a saved Keras model to a checked TFLite file")
-    command.add_argument("model", help="a .keras file")
-    command.add_argument("path", help="the TFLite file to write")
-    command.add_argument("--recipe", default="float32", choices=tuple(RECIPES))
-    command.add_argument("--calibration", metavar="FILE.npz", help="samples x, and labels y if any")
-    command.add_argument("--max-drop", type=float, help="allowed drop of accuracy, 0..1")
+    _add_export(commands)
 
     command = _add(commands, "compare", run_compare, "measure a TFLite file against its Keras model")
-    command.add_argument("model", help="a .keras file")
+    command.add_argument("model", help="a .keras or .h5 file")
     command.add_argument("path", help="a TFLite file")
     command.add_argument("samples", metavar="FILE.npz", help="samples x")
+    command.add_argument("--layers", action="store_true", help="rank the layers of a quantized file, too")
+    command.add_argument("--plot", metavar="FILE.png", help="draw that")
 
     command = _add(commands, "bench", run_bench, "time a TFLite file on one sample")
     command.add_argument("path", help="a TFLite file")
     command.add_argument("--runs", type=int, default=200)
     command.add_argument("--threads", type=int, default=1)
     return top
+
+
+def _add_export(commands) -> None:
+    command = _add(commands, "export", run_export, "convert a saved Keras model to a checked TFLite file")
+    command.add_argument("model", help="a .keras or .h5 file")
+    command.add_argument("path", help="the TFLite file to write")
+    command.add_argument("--recipe", default="float32", choices=(*RECIPES, "auto"))
+    command.add_argument("--calibration", metavar="FILE.npz", help="samples x, and labels y if any")
+    command.add_argument("--evaluate", metavar="FILE.npz", help="x and y to score on; default: calibration's")
+    command.add_argument("--max-drop", type=float, help="allowed drop of accuracy, 0..1")
+    command.add_argument(
+        "--layer", action="append", default=[], metavar="NAME=RECIPE", help="another recipe for a layer"
+    )
+    command.add_argument("--strict", action="store_true", help="refuse floats inside of an integer file")
+    command.add_argument("--allow-select-ops", action="store_true", help="take TensorFlow's own operations")
+    command.add_argument("--labels", metavar="FILE.txt", help="class names, one a line, to keep in the file")
+    search = command.add_argument_group("recipe auto")
+    search.add_argument("--minimize", default="size", choices=OBJECTIVES)
+    search.add_argument("--budget-s", type=float, metavar="SECONDS", help="default: no limit")
+    search.add_argument("--resume-from", metavar="FILE.jsonl", help="where trials are kept")
 
 
 def _add_scaling(command: argparse.ArgumentParser) -> None:
@@ -228,24 +249,47 @@ def _manifest(options: argparse.Namespace) -> str:
 
 def run_export(options: argparse.Namespace) -> int:
     """`tfaccel export`."""
+    for each in options.layer:
+        if "=" not in each:
+            raise refuse("--layer", each, "NAME=RECIPE", "Write e.g. --layer scores=float32.")
+    layers = dict(each.split("=", 1) for each in options.layer)
+    labels = pathlib.Path(options.labels).read_text().splitlines() if options.labels else None
     calibration = _read_samples(options.calibration) if options.calibration else None
+    evaluate = _read_samples(options.evaluate) if options.evaluate else None
     model = _load_model(options.model)
-    print(
-        tfaccel.export_tflite(
+    with terminal.ExportProgress() as progress:
+        file = tfaccel.export_tflite(
             model,
             options.path,
             options.recipe,
             calibration=calibration,
+            evaluate=evaluate,
             max_drop=options.max_drop,
+            layers=layers or None,
+            minimize=options.minimize,
+            budget_s=options.budget_s,
+            resume_from=options.resume_from,
+            strict=options.strict,
+            allow_select_ops=options.allow_select_ops,
+            metadata=None if labels is None else {"labels": labels},
+            report=progress.report,
         )
-    )
+    if file.search is not None:
+        print(file.search)
+    print(file)
     return 0
 
 
 def run_compare(options: argparse.Namespace) -> int:
     """`tfaccel compare`."""
     samples = _read_samples(options.samples)
-    print(tfaccel.compare(_load_model(options.model), options.path, samples))
+    model = _load_model(options.model)
+    print(tfaccel.compare(model, options.path, samples))
+    if options.layers or options.plot:
+        layers = tfaccel.layer_report(model, options.path, samples)
+        print(layers)
+        if options.plot:
+            print(layers.plot(options.plot))
     return 0
 
 
@@ -257,7 +301,8 @@ def run_bench(options: argparse.Namespace) -> int:
 
 def _load_model(path: str) -> keras.Model:
     try:
-        return keras.models.load_model(path, compile=False)
+        with loading_keras_2():
+            return keras.models.load_model(path, compile=False)
     except TypeError as error:
         raise ValueError(
             f"{path} can't be loaded: {str(error).splitlines()[0]} Allowed: a .keras file of Keras's own "

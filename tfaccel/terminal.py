@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tfaccel.accelerator import Accelerator
 from tfaccel.demo.run import DemoResult
+from tfaccel.export.trials import Trial
 from tfaccel.scaling import Scaled
 
 
@@ -44,6 +45,26 @@ def print_scaling(step_ms: float, size_bytes: float, rows: Sequence[Scaled]) -> 
         table.add_row(str(row.workers), *figures)
     console.print(table)
     console.print("A prediction: each worker keeps its batch, one ring over the workers, nothing overlaps.")
+
+
+class ExportProgress:
+    """What an export is doing and how long already, on stderr; a line for each trial of a search."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._status = self._console.status("converting, running, comparing")
+
+    def __enter__(self) -> ExportProgress:
+        self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._status.stop()
+
+    def report(self, minimize: str, trial: Trial) -> None:
+        """Tells of one trial."""
+        figure = f"{trial.size_bytes:,} bytes" if minimize == "size" else f"{trial.latency_ms:.3f} ms"
+        self._console.print(f"{trial.title}: {figure}, score {trial.score:.4f}, {trial.drop:.4f} lower")
 
 
 class DemoProgress:

@@ -70,7 +70,11 @@ def benchmark_tflite(path: str | os.PathLike, *, runs: int = 200, num_threads: i
     for name, value in (("runs", runs), ("num_threads", num_threads)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not usable. Allowed: an integer ≥ 1. Try 200 runs.")
-    runner = TFLiteRunner(path, num_threads)
+    return time_runner(TFLiteRunner(path, num_threads), runs, num_threads)
+
+
+def time_runner(runner: TFLiteRunner, runs: int, num_threads: int = 1) -> Latency:
+    """`benchmark_tflite` for a file that is open already."""
     shapes = [sample_shape(detail) for detail in runner.input_details]
     runner.run(tuple(np.zeros(shape, np.float32) for shape in shapes))
     times = []

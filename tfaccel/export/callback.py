@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
 import keras
+import numpy as np
 
+from tfaccel.errors import refuse
 from tfaccel.export.file import TFLiteFile
-from tfaccel.export.recipes import find_recipe
+from tfaccel.export.search import check_search
 from tfaccel.export.tflite import (
     check_arguments,
     check_data,
@@ -23,33 +26,39 @@ class ExportTFLite(keras.callbacks.Callback):
 
     List it last: a callback that changes the weights when training ends, such as
     `EarlyStopping(restore_best_weights=True)`, must have run before. The order is checked when `fit`
-    begins. The arguments are those of `tfaccel.export_tflite`, and are checked at construction.
+    begins. With `monitor` the weights of the best epoch are exported, and the model goes on with its own. The
+    arguments are those of `tfaccel.export_tflite`, and are checked at construction. On several workers the
+    first one exports.
 
     Args:
         path: Where the file goes; its folder must exist.
-        recipe: `"float32"`, `"float16"`, `"dynamic_int8"` or `"int8"`.
-        calibration: Real samples; needed for `"int8"`.
+        recipe: As for `export_tflite`, `"auto"` too.
+        calibration: Real samples; needed for fixed ranges such as `"int8"`.
         evaluate: Labelled data or a function, for `max_drop`; default the labels of `calibration`.
         max_drop: How much the score may fall; more raises `ExportError` when training is over, with
             the trained model unharmed.
-        input_signature: Only for a subclassed model that can't tell its inputs.
+        monitor: The epoch's figure to go by, such as `"val_accuracy"`; default None exports the last weights.
+            It costs a copy of the weights in memory.
+        mode: `"min"`, `"max"`, or `"auto"` (default): accuracies and areas under curves are to rise.
+        options: More of `export_tflite`'s arguments, such as `{"layers": {"scores": "float32"}}`.
 
     Raises:
-        ValueError: A bad argument; or, when `fit` begins, a callback in the wrong order.
+        ValueError: A bad argument; or, when `fit` begins, a callback in the wrong order; or, after the first
+            epoch, nothing of the name `monitor`.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
         >>> model.compile("sgd", "mse")
-        >>> export = tfaccel.ExportTFLite("trained.tflite", "float16")
+        >>> export = tfaccel.ExportTFLite("trained.tflite", "float16", monitor="loss")
         >>> history = model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0, callbacks=[export])
         >>> export.file.recipe
         'float16'
 
     Reference:
-        `tfaccel.export_tflite`.
+        `tfaccel.export_tflite`; `keras.callbacks.ModelCheckpoint` for `monitor` and `mode`.
     """
 
-    chief_only = True  # on several workers the first one exports
+    chief_only = True
 
     def __init__(
         self,
@@ -59,23 +68,42 @@ class ExportTFLite(keras.callbacks.Callback):
         calibration: Any = None,
         evaluate: Any = None,
         max_drop: float | None = None,
-        input_signature: Any = None,
+        monitor: str | None = None,
+        mode: str = "auto",
+        options: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.path = check_path(path)
-        self.recipe = find_recipe(recipe).name
-        check_arguments(find_recipe(recipe), calibration, evaluate, max_drop)
+        self.recipe = recipe
         self.calibration = calibration
         self.evaluate = evaluate
         self.max_drop = max_drop
-        self.input_signature = input_signature
+        self.monitor = monitor
+        self.mode = mode
+        self.options = dict(options or {})
+        if mode not in ("auto", "min", "max"):
+            raise refuse("mode", mode, "'auto', 'min' or 'max'", "Take 'max' for an accuracy.")
+        own = set(inspect.signature(export_tflite).parameters) - {"model", *vars(self)}
+        if not set(self.options) <= own:
+            raise refuse(
+                "options", self.options, f"the keys {', '.join(sorted(own))}", "Look for a typing error."
+            )
+        check_arguments(
+            recipe, calibration, evaluate, max_drop, self.options.get("layers"), self.options.get("metadata")
+        )
+        if recipe == "auto":
+            check_search(self.options.get("minimize", "size"), max_drop, self.options.get("budget_s"))
         self.file: TFLiteFile | None = None
+        self._best: float | None = None
+        self._best_weights: list[np.ndarray] = []
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks that no callback behind this one changes the weights at the end."""
         self.file = None
+        self._best, self._best_weights = None, []
         if self.model.built:
-            check_data(self.model, self.calibration, self.evaluate, self.max_drop, self.input_signature)
+            signature = self.options.get("input_signature")
+            check_data(self.model, self.calibration, self.evaluate, self.max_drop, signature)
         others = siblings(self)
         for other in others[others.index(self) + 1 :]:
             if _changes_weights_at_end(other):
@@ -85,8 +113,38 @@ class ExportTFLite(keras.callbacks.Callback):
                     "Allowed: ExportTFLite behind it. List it last."
                 )
 
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Keeps the weights of the best epoch."""
+        if self.monitor is None:
+            return
+        if self.monitor not in (logs or {}):
+            raise refuse(
+                "monitor",
+                self.monitor,
+                ", ".join(sorted(logs or {})),
+                "Pass validation_data for a val_ figure.",
+            )
+        value = float((logs or {})[self.monitor])
+        rising = self.mode == "max" or (
+            self.mode == "auto" and any(part in self.monitor for part in ("acc", "auc", "fmeasure"))
+        )
+        if self._best is None or (value > self._best if rising else value < self._best):
+            self._best, self._best_weights = value, self.model.get_weights()
+
     def on_train_end(self, logs: dict | None = None) -> None:
         """Exports."""
+        if not self._best_weights:
+            self._export()
+            return
+        last = self.model.get_weights()
+        try:
+            self.model.set_weights(self._best_weights)
+            self._export()
+        finally:
+            self.model.set_weights(last)
+            self._best_weights = []
+
+    def _export(self) -> None:
         self.file = export_tflite(
             self.model,
             self.path,
@@ -94,7 +152,7 @@ class ExportTFLite(keras.callbacks.Callback):
             calibration=self.calibration,
             evaluate=self.evaluate,
             max_drop=self.max_drop,
-            input_signature=self.input_signature,
+            **self.options,
         )
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Sized
 from importlib import metadata as packages
 from typing import Any
 
@@ -16,6 +17,7 @@ from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.metadata import read_metadata, with_metadata
 from tfaccel.export.recipes import Recipe
 from tfaccel.export.scoring import Score
+from tfaccel.export.search import SearchReport
 from tfaccel.export.workbench import Candidate, Workbench
 
 
@@ -37,6 +39,8 @@ class TFLiteFile:
         float_operations: What computes in floats though the recipe is for integers, as "KIND of layer".
         metadata: What the user wrote into it.
         tfaccel: The version that wrote it.
+        layers: Layers with a recipe of their own, by name.
+        search: What `recipe="auto"` tried; not kept in the file.
     """
 
     path: pathlib.Path
@@ -50,11 +54,14 @@ class TFLiteFile:
     float_operations: tuple[str, ...] = ()
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     tfaccel: str = ""
+    layers: dict[str, str] = dataclasses.field(default_factory=dict)
+    search: SearchReport | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         """A line or two for a person."""
         rows = "samples" if self.on_real_data else "random samples (pass calibration= for real ones)"
-        text = f"{self.path}: {self.recipe}, {self.size_bytes:,} bytes; "
+        mixed = f" ({_count(self.layers, 'layer')} otherwise)" if self.layers else ""
+        text = f"{self.path}: {self.recipe}{mixed}, {self.size_bytes:,} bytes; "
         if self.parity is None:
             return text + "NOT RUN: it needs TensorFlow's operations (Flex), which no interpreter here has"
         text += f"{self.parity} on {self.samples} {rows}"
@@ -63,7 +70,7 @@ class TFLiteFile:
         text += "" if self.score is None else f"; {self.score}"
         if self.float_operations:
             some = ", ".join(self.float_operations[:3]) + ", …" * (len(self.float_operations) > 3)
-            text += f"; {len(self.float_operations)} operations stay in floats ({some})"
+            text += f"; in floats: {_count(self.float_operations, 'operation')} ({some})"
         return text
 
     @classmethod
@@ -105,13 +112,18 @@ class TFLiteFile:
 
 
 def write_candidate(
-    target: pathlib.Path, candidate: Candidate, bench: Workbench, metadata: dict[str, Any] | None
+    target: pathlib.Path,
+    candidate: Candidate,
+    bench: Workbench,
+    metadata: dict[str, Any] | None,
+    search: SearchReport | None = None,
 ) -> TFLiteFile:
     """Puts what is known into the file, runs it once more, and writes it."""
     facts = _facts(bench, candidate.recipe, candidate.batch_size, metadata) | {
         "parity": dataclasses.asdict(candidate.parity),
         "score": None if candidate.score is None else dataclasses.asdict(candidate.score),
         "float_operations": list(candidate.float_operations),
+        "layers": dict(candidate.layers),
     }
     content = with_metadata(candidate.content, facts)
     _check_unchanged(content, candidate.content, bench)
@@ -120,6 +132,7 @@ def write_candidate(
         "parity": candidate.parity,
         "score": candidate.score,
         "float_operations": candidate.float_operations,
+        "search": search,
     }
     return TFLiteFile(target, size_bytes=len(content), **known)
 
@@ -179,6 +192,10 @@ def write_beside(target: pathlib.Path, content: bytes) -> None:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _parity_of(facts: dict[str, Any]) -> Parity:

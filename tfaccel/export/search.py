@@ -1,7 +1,9 @@
 """`recipe="auto"`: the smallest or the fastest file whose score holds, found by measuring.
 
-Whole-file recipes come first. Where the cheapest of them loses too much, each layer's share in that is measured
-(the file with only this layer in the cheap recipe), and as many layers as the score allows keep it, those with
+Whole-file recipes come first. Where the cheapest of them loses too much, each layer's share in that is
+measured
+(the file with only this layer in the cheap recipe), and as many layers as the score allows keep it, those
+with
 the least noise for what they save first. Every candidate is run in the real interpreter.
 
 Reference: mixed precision by layer sensitivity, Dong et al., 2019, "HAWQ", https://arxiv.org/abs/1905.03696,
@@ -18,7 +20,7 @@ from tfaccel.errors import refuse
 from tfaccel.export.benchmark import time_runner
 from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
-from tfaccel.export.recipes import RECIPES, Recipe
+from tfaccel.export.recipes import RECIPES
 from tfaccel.export.selection import recipes_by_operation
 from tfaccel.export.trials import Trial, TrialLog
 from tfaccel.export.workbench import Candidate, Workbench
@@ -78,7 +80,8 @@ def check_search(minimize: str, max_drop: float | None, budget_s: float | None) 
         raise refuse("minimize", minimize, " or ".join(map(repr, OBJECTIVES)), "Start with 'size'.")
     if max_drop is None:
         raise ValueError(
-            "recipe='auto' needs max_drop, which was not given. Allowed: a fraction, 0..1. Pass evaluate=(x_test, "
+            "recipe='auto' needs max_drop, which was not given. Allowed: a fraction, 0..1. Pass "
+            "evaluate=(x_test, "
             "y_test), max_drop=0.005 for half a percentage point."
         )
     if budget_s is not None and not budget_s > 0:
@@ -120,7 +123,9 @@ class Search:
         Raises:
             ExportError: Not even a float32 file holds the score.
         """
-        names = [name for name in WHOLE if not (RECIPES[name].needs_calibration and self._bench.samples.made_up)]
+        names = [
+            name for name in WHOLE if not (RECIPES[name].needs_calibration and self._bench.samples.made_up)
+        ]
         for name in names:
             self._try(name, {})
         cheap = [trial for trial in self.trials if trial.recipe in SPARED]
@@ -133,7 +138,8 @@ class Search:
         if chosen is None:
             raise ExportError(
                 f"No file holds the score within max_drop={self._max_drop}; the nearest falls by "
-                f"{min((trial.drop for trial in self.trials), default=float('nan')):.4f}. Nothing was written."
+                f"{min((trial.drop for trial in self.trials), default=float('nan')):.4f}. Nothing was "
+                "written."
             )
         candidate = self._measure(chosen.recipe, dict(chosen.layers))
         return candidate, SearchReport(tuple(self.trials), chosen, self._minimize, self._max_drop)
@@ -154,13 +160,12 @@ class Search:
         for each in self._bench.converted(RECIPES[recipe].needs_calibration).operations:
             if each.layer is not None and each.weights > 1:
                 weights[each.layer.name] = weights.get(each.layer.name, 0) + each.weights
-        samples = self._bench.samples.first(SENSITIVITY_SAMPLES)
         for name in weights:
             if self._is_over():
                 return
             others = dict.fromkeys([other for other in weights if other != name], spared)
             content = self._build(recipe, others)
-            sqnr_db = self._bench.parity(TFLiteRunner(content), samples).sqnr_db
+            sqnr_db = self._bench.parity(TFLiteRunner(content), SENSITIVITY_SAMPLES).sqnr_db
             yield name, 10 ** (-sqnr_db / 10) / weights[name]
 
     def _try(self, recipe: str, layers: dict[str, str]) -> Trial:
@@ -206,8 +211,3 @@ class Search:
 
     def _is_over(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
-
-
-def layer_recipes(recipe: Recipe, layers: dict[str, str]) -> str:
-    """A mix in words."""
-    return ", ".join([recipe.name, *(f"{name}: {own}" for name, own in layers.items())])

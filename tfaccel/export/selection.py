@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import keras
 
@@ -46,7 +47,7 @@ def check_selection(layers: Mapping[Selector, str] | None, base: Recipe) -> None
 
 
 def recipes_by_operation(
-    layers: Mapping[Selector, str] | None, operations: Iterable[Operation]
+    layers: Mapping[Any, str] | None, operations: Iterable[Operation]
 ) -> dict[str, Recipe]:
     """The recipes of single operations, by the first tensor that they make; a later rule wins.
 

@@ -9,6 +9,7 @@ Integer-Arithmetic-Only Inference", https://arxiv.org/abs/1712.05877.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,16 +18,19 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfaccel.errors import refuse
 from tfaccel.export.calibration import check_for_ranges, check_values
 from tfaccel.export.errors import ExportError
 from tfaccel.export.file import TFLiteFile, write_candidate, write_unproven
 from tfaccel.export.metadata import check_metadata
-from tfaccel.export.recipes import Recipe, find_recipe
+from tfaccel.export.recipes import RECIPES, Recipe, find_recipe
 from tfaccel.export.report import report_layers
 from tfaccel.export.samples import Samples, collect_samples, make_up_samples
 from tfaccel.export.scoring import Scorer, accuracy, is_function, labels_of, scoring_data
+from tfaccel.export.search import Report, Search, check_search
 from tfaccel.export.selection import Selector, check_selection, recipes_by_operation
 from tfaccel.export.serving import ServingFunction
+from tfaccel.export.trials import TrialLog
 from tfaccel.export.workbench import Candidate, Workbench
 from tfaccel.keras_fixes.half_precision import computes_in_half_precision
 
@@ -42,10 +46,14 @@ def export_tflite(
     evaluate: Any = None,
     max_drop: float | None = None,
     layers: Mapping[Selector, str] | None = None,
+    minimize: str = "size",
+    budget_s: float | None = None,
+    resume_from: str | os.PathLike | None = None,
     strict: bool = False,
     allow_select_ops: bool = False,
     metadata: dict[str, Any] | None = None,
     input_signature: Any = None,
+    report: Report | None = None,
 ) -> TFLiteFile:
     """Writes a TFLite file of the model that has been run in LiteRT and compared with the model.
 
@@ -60,7 +68,10 @@ def export_tflite(
         model: A built `keras.Model`: Sequential, Functional or subclassed.
         path: Where the file goes; its folder must exist.
         recipe: `"float32"`, `"float16"`, `"weight_only_int8"`, `"dynamic_int8"`, `"int4_weights"`, `"int8"`,
-            `"int8_integer_io"` or `"int16x8"`; see `tfaccel.export.recipes`.
+            `"int8_integer_io"` or `"int16x8"`; see `tfaccel.export.recipes`. `"auto"` measures them, and
+            mixes
+            of them by layer, and takes the smallest or fastest whose score falls by no more than `max_drop`;
+            what it tried is in the result's `search`.
         calibration: Real samples: arrays, `(x, y)`, a `tf.data.Dataset` (of batches or samples, with
             or without labels) or a `keras.utils.PyDataset`. Fixed ranges (`"int8"` and the like) need
             them, up to 500 are used; the other recipes are compared on them.
@@ -72,6 +83,10 @@ def export_tflite(
             judged by its SQNR, at least the recipe's `min_sqnr_db`.
         layers: Another recipe for some layers, by name, class, or a function of the layer:
             `{"scores": "float32", keras.layers.DepthwiseConv2D: "dynamic_int8"}`. A later rule wins.
+        minimize: What `"auto"` looks for: `"size"` (default) or `"latency"` of one sample on one thread.
+        budget_s: Seconds after which `"auto"` begins no further trial but those of whole files; default None,
+            no limit.
+        resume_from: A file in which `"auto"` keeps its trials; a search that was cut off goes on from it.
         strict: Refuses a file of an integer recipe in which anything computes in floats. Default: the
             result's `float_operations` name it.
         allow_select_ops: Takes TensorFlow's own operations where LiteRT has none. Such a file runs only in an
@@ -80,6 +95,7 @@ def export_tflite(
         metadata: What the file is to say about itself, such as `{"labels": [...], "input": "0..1"}`; JSON.
         input_signature: Nested `tf.TensorSpec` of the inputs, batch axis included; needed only for a
             subclassed model with several inputs, or with inputs that are not float.
+        report: A function that `"auto"` tells of each trial: `report(minimize, trial)`.
 
     Returns:
         A `TFLiteFile`: path, size, parity and scores.
@@ -101,14 +117,27 @@ def export_tflite(
         Jacob et al., 2018, https://arxiv.org/abs/1712.05877, section 2.
     """
     target = check_path(path)
+    check_arguments(recipe, calibration, evaluate, max_drop, layers, metadata)
+    if recipe == "auto":
+        check_search(minimize, max_drop, budget_s)
+        ranged = RECIPES["int8" if calibration is not None else "dynamic_int8"]
+        bench = make_bench(model, ranged, calibration, evaluate, max_drop, input_signature, False)
+        search = Search(bench, max_drop or 0.0, minimize, budget_s, TrialLog(resume_from, bench), report)
+        candidate, searched = search.run()
+        return write_candidate(target, candidate, bench, metadata, searched)
     chosen = find_recipe(recipe)
-    check_arguments(chosen, calibration, evaluate, max_drop, layers, metadata)
     bench = make_bench(model, chosen, calibration, evaluate, max_drop, input_signature, allow_select_ops)
     operations = bench.converted(chosen.needs_calibration).operations
     if any(each.kind.startswith("Flex") for each in operations):
         return write_unproven(target, bench, chosen, metadata)
     by_operation = recipes_by_operation(layers, operations)
     candidate = bench.measure(chosen, bench.build(chosen, by_operation))
+    own = {
+        each.layer.name: by_operation[each.outputs[0]].name
+        for each in operations
+        if each.layer is not None and each.outputs and each.outputs[0] in by_operation
+    }
+    candidate = dataclasses.replace(candidate, layers=own)
     check_candidate(candidate, bench, max_drop, strict)
     return write_candidate(target, candidate, bench, metadata)
 
@@ -159,7 +188,7 @@ def check_path(path: str | os.PathLike) -> pathlib.Path:
 
 
 def check_arguments(
-    recipe: Recipe,
+    name: str,
     calibration: Any,
     evaluate: Any,
     max_drop: float | None,
@@ -167,8 +196,16 @@ def check_arguments(
     metadata: dict[str, Any] | None = None,
 ) -> None:
     """Raises ValueError for arguments that contradict one another."""
-    check_selection(layers, recipe)
     check_metadata(metadata)
+    if name == "auto":
+        if layers:
+            raise refuse(
+                "layers", layers, "a recipe other than 'auto', which chooses by layer itself", "Leave it out."
+            )
+        recipe = RECIPES["dynamic_int8"]
+    else:
+        recipe = find_recipe(name)
+        check_selection(layers, recipe)
     if recipe.needs_calibration and calibration is None:
         raise ValueError(
             f"recipe={recipe.name!r} needs calibration data, which was not given. Allowed: arrays, a "

@@ -70,7 +70,7 @@ class TrialLog:
     def _read(self, text: str) -> list[Trial]:
         trials = []
         lines = text.split("\n")
-        for number, line in enumerate(lines):
+        for line in lines:
             if not line.strip():
                 continue
             try:
@@ -78,8 +78,8 @@ class TrialLog:
                 key, layers = facts.pop("of"), tuple(tuple(pair) for pair in facts.pop("layers"))
                 trial = Trial(layers=layers, **facts)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                if number == len(lines) - 1:
-                    continue  # the line that was being written when the search was cut off
+                if lines[0].startswith('{"') and not line.endswith("}"):
+                    continue  # the line that was being written when a search was cut off
                 raise refuse(
                     "resume_from", str(self._path), "a file that a search wrote", "Take another path."
                 ) from error
@@ -96,7 +96,9 @@ class TrialLog:
         """Keeps a trial, and gives it back."""
         self._trials.append(trial)
         if self._path is not None:
+            whole = not self._path.exists() or self._path.read_text()[-1:] in ("", "\n")
             with self._path.open("a") as file:
+                file.write("" if whole else "\n")
                 file.write(json.dumps(dataclasses.asdict(trial) | {"of": self._key}) + "\n")
         return trial
 
@@ -106,6 +108,7 @@ def _fingerprint(bench: Workbench) -> str:
     digest = hashlib.sha256()
     for weight in bench.model.weights:
         digest.update(keras.ops.convert_to_numpy(weight).tobytes())
-    for array in bench.samples.inputs:
+    scored = () if bench.scored is None else bench.scored.inputs
+    for array in (*bench.samples.inputs, *scored):
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]

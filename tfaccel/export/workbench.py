@@ -31,6 +31,7 @@ class Candidate:
         score: Of model and file, where there is something to score on.
         batch_size: Where it is fixed.
         float_operations: What computes in floats though the recipe is for integers, by kind and layer.
+        layers: Layers with a recipe of their own.
     """
 
     recipe: Recipe
@@ -39,6 +40,7 @@ class Candidate:
     score: Score | None
     batch_size: int | None
     float_operations: tuple[str, ...]
+    layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Workbench:
@@ -116,12 +118,19 @@ class Workbench:
         score = self._scorer.score(runner) if self._scorer else None
         return Candidate(recipe, content, self.parity(runner), score, float_file.batch_size, left)
 
-    def parity(self, runner: TFLiteRunner) -> Parity:
-        """How far a file's outputs are from the model's."""
+    def parity(self, runner: TFLiteRunner, rows: int | None = None) -> Parity:
+        """How far a file's outputs are from the model's, on the first `rows` samples; default on all."""
         if self._reference is None:
             self._reference = self.serving.predict(self.samples)
         names = [spec.name for spec in self.serving.specs]
-        return compare_with(self._reference, runner, self.samples, names)
+        samples = self.samples if rows is None else self.samples.first(rows)
+        reference = {name: values[: len(samples)] for name, values in self._reference.items()}
+        return compare_with(reference, runner, samples, names)
+
+    @property
+    def scored(self) -> Samples | None:
+        """What files are scored on, where a function of the user's does not hide it."""
+        return self._scorer.samples if self._scorer else None
 
 
 def float_operations(content: bytes, float_file: Converted) -> tuple[str, ...]:
