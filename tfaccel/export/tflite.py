@@ -270,6 +270,7 @@ def check_candidate(candidate: Candidate, bench: Workbench, max_drop: float | No
 def find_problem(candidate: Candidate, max_drop: float | None, mixed_precision: bool = False) -> str:
     """Why a file is not good enough, or an empty text."""
     figures, name = candidate.parity, candidate.recipe.name
+    recipes = [candidate.recipe, *map(find_recipe, candidate.layers.values())]
     if not np.isfinite(figures.max_abs_error):
         return f"The {name} file does not agree with the model: {figures}."
     if max_drop is not None and candidate.score is not None:
@@ -278,9 +279,9 @@ def find_problem(candidate: Candidate, max_drop: float | None, mixed_precision: 
                 f"The file's score fell by {candidate.score.drop:.4f}, more than max_drop={max_drop} "
                 f"({candidate.score})."
             )
-        if candidate.recipe.weight_bits < 16:
+        if min(recipe.weight_bits for recipe in recipes) < 16:
             return ""
-    limit = candidate.recipe.min_sqnr_db
+    limit = min(recipe.min_sqnr_db for recipe in recipes)
     limit = min(limit, 20.0) if mixed_precision else limit
     if figures.sqnr_db < limit:
         return (

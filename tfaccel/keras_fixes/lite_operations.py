@@ -1,6 +1,6 @@
 """Some of Keras's operations are TensorFlow ones that LiteRT lacks, though it has all that they are made of.
 
-`keras.ops.argmax` looks at the sign bit of zeros (BitwiseAnd), `MaxPooling3D` is one operation (MaxPool3D),
+`keras.ops.argmax` looks at the sign bit of zeros (BitwiseAnd), `MaxPooling3D` and `AveragePooling3D` are one operation (MaxPool3D, AvgPool3D),
 `CategoryEncoding` counts with DenseBincount. TensorFlow's converter refuses each of them. `Flatten` and
 `Reshape` ask for the batch size (Shape), which a quantizer answers with a copy of the tensor in floats.
 
@@ -33,8 +33,8 @@ def _signbit(original: Callable, setting: Callable[[], Any]) -> Callable:
     return lambda x: tf.less(x, tf.zeros((), x.dtype)) if setting() else original(x)
 
 
-def _max_pool(original: Callable, setting: Callable[[], Any]) -> Callable:
-    def max_pool(
+def _pool(original: Callable, setting: Callable[[], Any]) -> Callable:
+    def pool(
         input: tf.Tensor, ksize: Any, strides: Any, padding: str, data_format: Any = None, **rest: Any
     ) -> tf.Tensor:
         if not setting() or len(input.shape) != 5:
@@ -48,7 +48,7 @@ def _max_pool(original: Callable, setting: Callable[[], Any]) -> Callable:
         pooled = original(columns, [size[0], 1], [stride[0], 1], padding)
         return tf.reshape(pooled, [shape[0], pooled.shape[1], height, width, channels])
 
-    return max_pool
+    return pool
 
 
 def _of_volume(value: Any) -> list[int]:
@@ -84,7 +84,8 @@ def _bincount(original: Callable, setting: Callable[[], Any]) -> Callable:
 _PATCHES = (
     Patch(keras_numpy, "signbit", _signbit),
     Patch(keras_numpy, "reshape", _reshape),
-    Patch(tf.nn, "max_pool", _max_pool),
+    Patch(tf.nn, "max_pool", _pool),
+    Patch(tf.nn, "avg_pool", _pool),
     Patch(tf.math, "bincount", _bincount),
 )
 

@@ -1,0 +1,186 @@
+"""Ranges, grids and rounding against numpy; recipes by layer."""
+
+import keras
+import numpy as np
+import pytest
+
+import tfaccel
+from tfaccel.export.conversion import convert_model
+from tfaccel.export.interpreter import TFLiteRunner
+from tfaccel.export.quantization import measure_ranges
+from tfaccel.export.rounding import best_scales, round_with_inputs
+from tfaccel.export.samples import Samples
+
+L = keras.layers
+
+
+@pytest.fixture(scope="module")
+def net(small):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((7, 7, 1), name="image"),
+            L.Conv2D(6, 3, name="stem", activation="relu"),
+            L.DepthwiseConv2D(3, name="depth"),
+            L.Flatten(name="flat"),
+            L.Dense(16, name="inner", activation="relu"),
+            L.Dense(10, name="scores"),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(*small, epochs=4, verbose=0)
+    return model
+
+
+def test_ranges_are_those_of_numpy(net, small):
+    converted = convert_model(net, None)
+    ranges = measure_ranges(converted.content, ["image"], Samples((small[0],)), None)
+    outputs = {each.layer.name: each.outputs[0] for each in converted.operations if each.layer is not None}
+    for name in ("stem", "depth", "inner", "scores"):
+        values = keras.Model(net.inputs, net.get_layer(name).output).predict(small[0], verbose=0)
+        found = ranges[outputs[name]]
+        np.testing.assert_allclose(found["min"].item(), values.min(), atol=1e-4)
+        np.testing.assert_allclose(found["max"].item(), values.max(), atol=1e-4)
+    assert not any("kernel" in name for name in ranges)
+
+
+def test_weight_only_int8_is_each_units_weights_on_a_grid(small, tmp_path):
+    model = keras.Sequential([keras.Input((49,)), L.Dense(10, kernel_initializer="normal")])
+    x = small[0].reshape(-1, 49)
+    tfaccel.export_tflite(model, tmp_path / "m.tflite", "weight_only_int8", calibration=x)
+    (output,) = TFLiteRunner(tmp_path / "m.tflite").run((x,)).values()
+    kernel, bias = model.get_weights()
+    scale = np.abs(kernel).max(0) / 127
+    np.testing.assert_allclose(output, x @ (np.round(kernel / scale) * scale) + bias, atol=1e-5)
+
+
+def naive_rounding(weights, scales, top, products, damping=0.01):
+    """Optimal brain surgeon one weight at a time, the inverse updated after each: no factor, no blocks."""
+    order = np.argsort(-np.diag(products), kind="stable")
+    hessian = products[np.ix_(order, order)].copy()
+    hessian += np.eye(len(hessian)) * damping * np.mean(np.diag(hessian))
+    inverse, left = np.linalg.inv(hessian), weights[:, order].copy()
+    for k in range(left.shape[1]):
+        rounded = np.clip(np.round(left[:, k] / scales[:, 0]), -top, top) * scales[:, 0]
+        error = (left[:, k] - rounded) / inverse[k, k]
+        left[:, k + 1 :] -= np.outer(error, inverse[k, k + 1 :])
+        left[:, k] = rounded
+        inverse -= np.outer(inverse[:, k], inverse[k]) / inverse[k, k]
+    result = np.empty_like(left)
+    result[:, order] = left
+    return result
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [9, 150])
+def test_rounding_agrees_with_one_weight_at_a_time(bits, size):
+    random = np.random.default_rng(size)
+    inputs = random.normal(size=(400, size)) @ random.normal(size=(size, size))
+    weights = random.normal(size=(5, size))
+    scales = best_scales(weights, bits)
+    found = round_with_inputs(weights, scales, bits, inputs.T @ inputs)
+    expected = naive_rounding(weights, scales, 2 ** (bits - 1) - 1, inputs.T @ inputs)
+    # The same arithmetic in another order: a value on the edge of two steps may fall to either side.
+    assert np.mean(np.abs(found - expected) > 1e-4 * scales) < 0.05
+
+    def error(candidate):
+        return np.sum((inputs @ (candidate - weights).T) ** 2)
+
+    nearest = np.clip(np.round(weights / scales), -(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) * scales
+    assert error(found) < 0.8 * error(nearest)
+
+
+def test_weights_on_the_grid_stay_where_they_are():
+    random = np.random.default_rng(0)
+    weights = random.integers(-7, 8, (4, 20)).astype("float64")
+    weights[:, 0] = 7
+    inputs = random.normal(size=(100, 20))
+    scales = best_scales(weights, 4)
+    np.testing.assert_allclose(scales, 1)
+    np.testing.assert_array_equal(round_with_inputs(weights, scales, 4, inputs.T @ inputs), weights)
+
+
+def test_inputs_that_are_always_zero_do_no_harm():
+    weights, products = np.ones((2, 3)), np.diag([1.0, 0.0, 2.0])
+    rounded = round_with_inputs(weights, best_scales(weights, 4), 4, products)
+    np.testing.assert_allclose(rounded, weights, atol=1e-6)
+
+
+def test_samples_make_four_bits_better(net, small, tmp_path):
+    with_samples = tfaccel.export_tflite(net, tmp_path / "a.tflite", "int4_weights", calibration=small)
+    tfaccel.export_tflite(net, tmp_path / "b.tflite", "int4_weights")
+    assert with_samples.parity.sqnr_db > tfaccel.compare(net, tmp_path / "b.tflite", small[0]).sqnr_db + 1
+
+
+def dtypes(path):
+    """The type of each operation's weights, by the layer in its name."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    graph = flatbuffer_utils.read_model(str(path)).subgraphs[0]
+    names = {code: name for name, code in vars(flatbuffer_utils.TensorType).items() if type(code) is int}
+    found = {}
+    for each in graph.operators:
+        for layer in ("stem", "depth", "inner"):
+            if len(each.inputs) > 1 and f"/{layer}_1/" in graph.tensors[each.outputs[0]].name.decode():
+                found[layer] = names[graph.tensors[each.inputs[1]].type]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers", "expected"),
+    [
+        ("dynamic_int8", {"stem": "float32"}, {"stem": "FLOAT32", "depth": "INT8", "inner": "INT8"}),
+        ("float32", {L.Dense: "dynamic_int8"}, {"stem": "FLOAT32", "depth": "FLOAT32", "inner": "INT8"}),
+        ("int4_weights", {L.Conv2D: "dynamic_int8"}, {"stem": "INT8", "depth": "INT8", "inner": "INT4"}),
+        ("int8", {lambda layer: layer.name == "depth": "float32"}, {"stem": "INT8", "depth": "FLOAT32"}),
+        ("int8", {L.Layer: "float32", "stem": "dynamic_int8"}, {"stem": "INT8", "inner": "FLOAT32"}),
+        ("dynamic_int8", {"inner": "int4_weights"}, {"stem": "INT8", "depth": "INT8", "inner": "INT4"}),
+    ],
+)
+def test_recipes_by_layer(net, small, tmp_path, recipe, layers, expected):
+    file = tfaccel.export_tflite(net, tmp_path / "m.tflite", recipe, layers=layers, calibration=small)
+    found = dtypes(file.path)
+    assert {name: found[name] for name in expected} == expected
+    assert file.layers
+    assert "otherwise" in str(file)
+
+
+def test_all_layers_left_alone_is_the_float_file(net, small, tmp_path):
+    tfaccel.export_tflite(net, tmp_path / "a.tflite")
+    tfaccel.export_tflite(net, tmp_path / "b.tflite", "int8", layers={L.Layer: "float32"}, calibration=small)
+    outputs = [TFLiteRunner(tmp_path / name).run((small[0][:9],)) for name in ("a.tflite", "b.tflite")]
+    for name, values in outputs[0].items():
+        np.testing.assert_array_equal(values, outputs[1][name])
+
+
+def test_strict_refuses_floats_inside(net, small, tmp_path):
+    tfaccel.export_tflite(net, tmp_path / "m.tflite", "int8", calibration=small, strict=True)
+    (tmp_path / "m.tflite").unlink()
+    with pytest.raises(tfaccel.ExportError, match="still computes in floats: CONV_2D of stem"):
+        tfaccel.export_tflite(
+            net, tmp_path / "m.tflite", "int8", calibration=small, layers={"stem": "float32"}, strict=True
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_integer_inputs_and_outputs(net, small, tmp_path):
+    file = tfaccel.export_tflite(net, tmp_path / "m.tflite", "int8_integer_io", calibration=small, strict=True)
+    runner = TFLiteRunner(file.path)
+    assert runner.input_details[0]["dtype"] is np.int8
+    assert file.float_operations == ()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers", "text"),
+    [
+        ("int8", {"steam": "float32"}, r"layers='steam'.*one of depth, flat, inner, scores, stem"),
+        ("int8", {"stem": "int3"}, "recipe='int3'"),
+        ("int8", {3: "float32"}, "layers=3"),
+        ("dynamic_int8", {"stem": "int8"}, "without fixed ranges"),
+        ("int8", {"stem": "int8_integer_io"}, "only a file has inputs"),
+    ],
+)
+def test_bad_rules_are_refused(net, small, tmp_path, recipe, layers, text):
+    with pytest.raises(ValueError, match=text):
+        tfaccel.export_tflite(net, tmp_path / "m.tflite", recipe, layers=layers, calibration=small)
+    assert list(tmp_path.iterdir()) == []
