@@ -40,7 +40,8 @@ class Gate(L.Layer):
         return keras.ops.silu(x) * self.scale + keras.ops.mean(x, -1, keepdims=True)
 
 
-ACTIVATIONS = "elu selu softplus softsign swish gelu mish hard_sigmoid hard_silu relu6 log_softmax celu".split()
+ACTIVATIONS = ["elu", "selu", "softplus", "softsign", "swish", "gelu", "mish", "hard_sigmoid", "hard_silu"]
+ACTIVATIONS += ["relu6", "log_softmax", "celu"]
 
 MODELS = {
     "attention": lambda: functional((10, 16), lambda x: L.MultiHeadAttention(2, 8)(x, x)),
@@ -60,7 +61,9 @@ MODELS = {
     "separable": lambda: stack((8, 8, 4), L.SeparableConv2D(6, 3), L.Flatten()),
     "transposed": lambda: stack((8, 8, 4), L.Conv2DTranspose(3, 3, strides=2, padding="same")),
     "grouped": lambda: stack((8, 8, 4), L.Conv2D(8, 3, groups=2)),
-    "one dimension": lambda: stack((12, 4), L.Conv1D(8, 3, dilation_rate=2, padding="causal"), L.MaxPooling1D()),
+    "one dimension": lambda: stack(
+        (12, 4), L.Conv1D(8, 3, dilation_rate=2, padding="causal"), L.MaxPooling1D()
+    ),
     "three dimensions": lambda: stack((6, 6, 6, 2), L.Conv3D(3, 3), L.AveragePooling3D(2)),
     "channels first": lambda: stack((3, 8, 8), L.Conv2D(4, 3, data_format="channels_first")),
     "pooling": lambda: stack((8, 8, 4), L.AveragePooling2D(3, 2), L.UpSampling2D(), L.GlobalMaxPooling2D()),

@@ -164,7 +164,9 @@ def test_strict_refuses_floats_inside(net, small, tmp_path):
 
 
 def test_integer_inputs_and_outputs(net, small, tmp_path):
-    file = tfaccel.export_tflite(net, tmp_path / "m.tflite", "int8_integer_io", calibration=small, strict=True)
+    file = tfaccel.export_tflite(
+        net, tmp_path / "m.tflite", "int8_integer_io", calibration=small, strict=True
+    )
     runner = TFLiteRunner(file.path)
     assert runner.input_details[0]["dtype"] is np.int8
     assert file.float_operations == ()

@@ -78,11 +78,8 @@ def _compare_with_training(serving: ServingFunction, samples: Samples) -> None:
     if seen is None:
         return
     layer, values = seen
-    mean, variance = (keras.ops.convert_to_numpy(v) for v in (layer.moving_mean, layer.moving_variance))
     axes = tuple(axis for axis in range(values.ndim) if axis != layer.axis % values.ndim)
-    width = np.sqrt(variance + layer.epsilon)
-    wider = float(np.median(np.sqrt(values.var(axes) + layer.epsilon) / width))
-    off = float(np.median(np.abs(values.mean(axes) - mean) / width))
+    wider, off = _distance(layer, values.mean(axes), values.var(axes), _share_of_start(serving.model))
     if 1 / FARTHEST < wider < FARTHEST and off < FARTHEST:
         return
     low, high = min(a.min() for a in samples.inputs), max(a.max() for a in samples.inputs)
@@ -93,6 +90,31 @@ def _compare_with_training(serving: ServingFunction, samples: Samples) -> None:
         "255, or "
         "leave that out, whichever training did."
     )
+
+
+def _share_of_start(model: keras.Model) -> float:
+    """How much of the moving variances may still be the 1 that they begin with, at most.
+
+    They all keep the same share of it, and no channel's can be more than its whole moving variance.
+    """
+    norms = [each for each in inner_layers(model) if isinstance(each, keras.layers.BatchNormalization)]
+    smallest = [float(keras.ops.convert_to_numpy(each.moving_variance).min()) for each in norms if each.built]
+    return min([0.99, *smallest])
+
+
+def _distance(
+    layer: keras.layers.BatchNormalization, mean: np.ndarray, variance: np.ndarray, share: float
+) -> tuple[float, float]:
+    """How many times as wide as in training, and how many widths off; medians over the channels."""
+    moving_mean, moving = (keras.ops.convert_to_numpy(v) for v in (layer.moving_mean, layer.moving_variance))
+    # What training's own figures can have been: those kept, or those less what the start left in them.
+    without = np.maximum(moving - share, 0) / (1 - share)
+    low, high = np.minimum(moving, without) + layer.epsilon, np.maximum(moving, without) + layer.epsilon
+    variance = variance + layer.epsilon
+    ratio = np.where(variance > high, variance / high, np.where(variance < low, variance / low, 1.0))
+    ends = np.sort([moving_mean, moving_mean / (1 - share)], axis=0)
+    beyond = np.maximum(np.maximum(ends[0] - mean, mean - ends[1]), 0)
+    return float(np.sqrt(np.median(ratio))), float(np.median(beyond / np.sqrt(high)))
 
 
 def _seen_by_first_norm(

@@ -18,7 +18,7 @@ import numpy as np
 
 from tfaccel.export.compare import parity
 from tfaccel.export.errors import ExportError
-from tfaccel.export.interpreter import dequantize, open_with_all_tensors, quantize
+from tfaccel.export.interpreter import TFLiteRunner, dequantize, open_with_all_tensors, quantize
 from tfaccel.export.metadata import read_metadata
 from tfaccel.export.operations import Operation
 from tfaccel.export.recipes import RECIPES
@@ -151,6 +151,10 @@ def report_layers(bench: Workbench, content: bytes, fixed_ranges: bool) -> Layer
     """`layer_report` for parts that exist already."""
     float_file = bench.converted(fixed_ranges)
     samples = bench.samples.first(ROWS)
+    if set(TFLiteRunner(content).input_names) != {spec.name for spec in bench.serving.specs}:
+        raise ExportError(
+            "The file's inputs have other names than the model's. Is it the file of this model?"
+        )
     sqnr_db = _sqnr_by_tensor(bench, float_file.content, content, samples, float_file.batch_size)
     rows: dict[str, list[tuple[Operation, float, float]]] = {}
     for each in float_file.operations:
