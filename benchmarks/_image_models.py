@@ -3,13 +3,13 @@
 import pathlib
 import time
 
+import datasets
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
 
 import tfaccel
-from benchmarks import datasets
 
 NAMES = ("residual", "separable")
 EPOCHS = {"residual": 14, "separable": 14}

@@ -1,9 +1,9 @@
 """Some of Keras's operations are TensorFlow ones that LiteRT lacks, though it has all that they are made of.
 
 `keras.ops.argmax` looks at the sign bit of zeros (BitwiseAnd), `MaxPooling3D` and `AveragePooling3D` are one
-operation (MaxPool3D, AvgPool3D),
-`CategoryEncoding` counts with DenseBincount. TensorFlow's converter refuses each of them. `Flatten` and
-`Reshape` ask for the batch size (Shape), which a quantizer answers with a copy of the tensor in floats.
+operation (MaxPool3D, AvgPool3D), `CategoryEncoding` counts with DenseBincount. TensorFlow's converter refuses
+each of them. `Flatten` and `Reshape` ask for the batch size (Shape), which a quantizer answers with a copy of
+the tensor in floats.
 
 Smallest reproduction (TensorFlow 2.21, Keras 3.15.1):
 
