@@ -95,3 +95,16 @@ def test_a_slower_model_takes_longer(tmp_path):
         file = tfaccel.export_tflite(model, tmp_path / "m.tflite")
         times.append(tfaccel.benchmark_tflite(file.path, runs=50).median_ms)
     assert times[1] > times[0]
+
+
+def test_memory_is_that_of_the_values_alive_at_once(tmp_path):
+    """Input 4 kB and hidden 8 kB, hidden and output 8 + 2 kB: the arena holds the larger pair."""
+    layers = keras.layers
+    model = keras.Sequential([keras.Input((1000,)), layers.Dense(2000, "relu"), layers.Dense(500)])
+    path = tmp_path / "m.tflite"
+    tfaccel.export_tflite(model, path)
+    latency = tfaccel.benchmark_tflite(path, runs=5)
+    assert latency.arena_bytes == 4 * (1000 + 2000)
+    weights = 4 * model.count_params()
+    assert weights < latency.peak_memory_bytes < 4 * weights + 20e6
+    assert "arena 12,000 bytes, peak memory" in str(latency)

@@ -91,7 +91,6 @@ class Operation:
         outputs: The names of the tensors that it makes.
         layer: Whose it is; None where nothing tells.
         weights: How many constant values it reads.
-        inner: How many inputs each of its units has, for a dense layer; else 0.
     """
 
     kind: str
@@ -99,7 +98,6 @@ class Operation:
     outputs: tuple[str, ...]
     layer: keras.layers.Layer | None
     weights: int
-    inner: int = 0
 
 
 def find_operations(content: bytes, scopes: Scopes, outputs: dict[str, Any]) -> list[Operation]:
@@ -134,8 +132,7 @@ def find_operations(content: bytes, scopes: Scopes, outputs: dict[str, Any]) -> 
         kind = code.customCode.decode() if code.customCode else kinds[code.builtinCode]
         read = tuple(graph.tensors[i].name.decode() for i in each.inputs if i >= 0)
         made = tuple(graph.tensors[i].name.decode() for i in each.outputs)
-        inner = int(graph.tensors[each.inputs[1]].shape[-1]) if kind == "FULLY_CONNECTED" else 0
-        found.append(Operation(kind, read, made, layer, weights, inner))
+        found.append(Operation(kind, read, made, layer, weights))
     return found
 
 

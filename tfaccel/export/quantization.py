@@ -4,9 +4,15 @@ The quantizer's own calibration keeps a moving average of each batch's extremes,
 real ranges: values beyond are cut off (with it a two-head attention model came to 6 dB, with exact ranges to
 33 dB, as TensorFlow's own quantizer does). So the ranges are measured here, over all samples.
 
-Reference: Jacob et al., 2018, https://arxiv.org/abs/1712.05877; blocks of int4 weights: Dettmers and
-Zettlemoyer,
-2023, "The case for 4-bit precision", https://arxiv.org/abs/2212.09720, section 3.
+Weights of four bits have one scale for each output channel. Blocks of 32 with a scale each, which the
+quantizer
+offers for dense layers, are not used: LiteRT 2.3 computes them right in its XNNPACK delegate only (its own
+kernels
+left 1 dB of a small net's output, without a word), and rounding with samples (`rounding.py`) is better than
+they
+are (26 dB against 19).
+
+Reference: Jacob et al., 2018, https://arxiv.org/abs/1712.05877, section 3.
 """
 
 from __future__ import annotations
@@ -26,7 +32,6 @@ from tfaccel.export.recipes import RECIPES, Recipe
 from tfaccel.export.samples import Samples
 
 WIDEST = 1e6  # beyond this a value is a mask or an overflow, and no eight bits hold it and the others
-BLOCK = 32  # weights that share a scale, along the inputs of a dense layer
 CALIBRATION_BATCH = 16
 ROUNDED_KINDS = ("FULLY_CONNECTED", "CONV_2D")
 FOUR_BIT_KINDS = ("FULLY_CONNECTED", "CONV_2D", "EMBEDDING_LOOKUP")  # LiteRT has kernels for these
@@ -65,8 +70,8 @@ def quantize(
         own = (chosen or {}).get(each.outputs[0], recipe)
         if own.needs_calibration and (_too_wide(each, ranges or {}) or exact.intersection(each.outputs)):
             own = RECIPES["float32"]
-        if own != recipe or (own.weight_bits == 4 and _in_blocks(each)):
-            _add_rules(work, "^" + re.escape(each.outputs[0]) + ";", own, each)
+        if own != recipe:
+            _add_rules(work, "^" + re.escape(each.outputs[0]) + ";", own)
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stderr(io.StringIO()),
@@ -76,7 +81,7 @@ def quantize(
     return bytes(result.quantized_model)
 
 
-def _add_rules(work: Any, scope: str, recipe: Recipe, operation: Operation | None = None) -> None:
+def _add_rules(work: Any, scope: str, recipe: Recipe) -> None:
     """What the quantizer calls a recipe, for the operations whose outputs match."""
     from ai_edge_quantizer import qtyping, quantizer
 
@@ -101,10 +106,8 @@ def _add_rules(work: Any, scope: str, recipe: Recipe, operation: Operation | Non
     else:
         work.add_dynamic_config(scope, every, 8)
         if recipe.weight_bits == 4:
-            blocks = operation is not None and _in_blocks(operation)
-            grain = qtyping.QuantGranularity.BLOCKWISE_32 if blocks else qtyping.QuantGranularity.CHANNELWISE
-            for kind in ("FULLY_CONNECTED",) if blocks else FOUR_BIT_KINDS:
-                work.add_dynamic_config(scope, qtyping.TFLOperationName(kind), 4, grain)
+            for kind in FOUR_BIT_KINDS:
+                work.add_dynamic_config(scope, qtyping.TFLOperationName(kind), 4)
 
 
 def _leave(work: Any, scope: str, kind: str) -> None:
@@ -122,7 +125,7 @@ def bits_to_round(
     for each in operations:
         own = (chosen or {}).get(each.outputs[0], recipe) if each.outputs else recipe
         wanted = own.weight_bits == 4 or (own.weight_bits == 8 and own.needs_calibration)
-        if wanted and each.kind in ROUNDED_KINDS and not (own.weight_bits == 4 and _in_blocks(each)):
+        if wanted and each.kind in ROUNDED_KINDS:
             bits[each.outputs[0]] = own.weight_bits
     return bits
 
@@ -134,10 +137,6 @@ def _too_wide(operation: Operation, ranges: Ranges) -> bool:
         if known is not None and not max(-known["min"].min(), known["max"].max()) < WIDEST:
             return True
     return False
-
-
-def _in_blocks(operation: Operation) -> bool:
-    return operation.kind == "FULLY_CONNECTED" and operation.inner % BLOCK == 0
 
 
 def measure_ranges(content: bytes, names: list[str], samples: Samples, batch_size: int | None) -> Ranges:

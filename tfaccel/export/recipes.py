@@ -11,8 +11,10 @@
 | `int8_integer_io` | int8 | int8, inputs and outputs too | yes | microcontrollers without floats |
 | `int16x8` | int8 | int16 | yes | where int8 activations lose too much |
 
-Weights have a scale for each output channel; those of `int4_weights` one for each block of 32 where the layer
-is dense and its inputs are a multiple of 32. Inputs and outputs stay float32 but in `int8_integer_io`.
+Weights have a scale for each output channel. With calibration data those of the last four rows are rounded
+so that
+what their layer computes changes least (`rounding.py`). Inputs and outputs stay float32 but in
+`int8_integer_io`.
 """
 
 from __future__ import annotations
