@@ -48,9 +48,8 @@ def files(model, calibration, test, folder):
         tfaccel.export_tflite(model, path, recipe, calibration=calibration)
         yield "tfaccel", recipe, path
     for minimize in ("size", "latency"):
-        tfaccel.export_tflite(
-            model, path, "auto", calibration=calibration, evaluate=test, max_drop=0.002, minimize=minimize
-        )
+        auto = tfaccel.AutoRecipe(minimize)
+        tfaccel.export_tflite(model, path, auto, calibration=calibration, evaluate=test, max_drop=0.002)
         file = tfaccel.TFLiteFile.load(path)
         yield "tfaccel", f"auto ({minimize}): {file.recipe}, {len(file.layers)} layers otherwise", path
     for recipe in ("dynamic_int8", "int8", "int16x8"):

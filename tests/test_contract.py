@@ -64,7 +64,7 @@ def test_arguments_behind_the_first_few_are_keyword_only(name):
     parameters = list(inspect.signature(OBJECTS[name]).parameters.values())
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
     optional = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
-    assert len(optional) <= 7
+    assert len(optional) <= 8  # export_tflite's; more go into a dataclass, as AutoRecipe
 
 
 @pytest.mark.parametrize("name", DOERS)

@@ -9,7 +9,9 @@ from tfaccel.export.errors import ExportError
 from tfaccel.export.file import TFLiteFile
 from tfaccel.export.report import LayerReport, LayerRow, layer_report
 from tfaccel.export.scoring import Score
+from tfaccel.export.search import AutoRecipe, SearchReport
 from tfaccel.export.tflite import export_tflite
+from tfaccel.export.trials import Trial
 from tfaccel.fast_kernels.predictor import predictor
 from tfaccel.fit.learning_rate import OneCycle, WarmupCosine
 from tfaccel.fit.throughput import Throughput
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accelerator",
+    "AutoRecipe",
     "Devices",
     "ExportError",
     "ExportTFLite",
@@ -28,8 +31,10 @@ __all__ = [
     "OneCycle",
     "Parity",
     "Score",
+    "SearchReport",
     "TFLiteFile",
     "Throughput",
+    "Trial",
     "WarmupCosine",
     "benchmark_tflite",
     "compare",

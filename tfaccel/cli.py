@@ -258,21 +258,21 @@ def run_export(options: argparse.Namespace) -> int:
     evaluate = _read_samples(options.evaluate) if options.evaluate else None
     model = _load_model(options.model)
     with terminal.ExportProgress() as progress:
+        recipe = options.recipe
+        if recipe == "auto":
+            limits = options.minimize, options.budget_s, options.resume_from
+            recipe = tfaccel.AutoRecipe(*limits, progress.report)
         file = tfaccel.export_tflite(
             model,
             options.path,
-            options.recipe,
+            recipe,
             calibration=calibration,
             evaluate=evaluate,
             max_drop=options.max_drop,
             layers=layers or None,
-            minimize=options.minimize,
-            budget_s=options.budget_s,
-            resume_from=options.resume_from,
             strict=options.strict,
             allow_select_ops=options.allow_select_ops,
             metadata=None if labels is None else {"labels": labels},
-            report=progress.report,
         )
     if file.search is not None:
         print(file.search)

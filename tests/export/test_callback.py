@@ -81,3 +81,62 @@ def test_bad_data_is_refused_before_the_first_step(helpers, small, tmp_path, arg
     with pytest.raises(ValueError, match=text):
         model.fit(*small, verbose=0, callbacks=[export])
     assert int(model.optimizer.iterations) == 0
+
+
+class Spoil(keras.callbacks.Callback):
+    """Sets the weights to a constant of the epoch, and says how good that was."""
+
+    def on_epoch_end(self, epoch, logs):
+        self.model.set_weights([np.full_like(weight, epoch) for weight in self.model.get_weights()])
+        logs["val_figure"] = logs["val_accuracy"] = [0.5, 0.1, 0.9, 0.4][epoch]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "best"),
+    [
+        ("val_figure", "auto", 1),
+        ("val_figure", "max", 2),
+        ("val_accuracy", "auto", 2),
+        ("val_accuracy", "min", 1),
+    ],
+)
+def test_the_best_epoch_is_exported_and_the_model_keeps_its_own(small, tmp_path, monitor, mode, best):
+    model = keras.Sequential([keras.Input((49,)), keras.layers.Dense(10)])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    export = tfaccel.ExportTFLite(tmp_path / "m.tflite", monitor=monitor, mode=mode)
+    x = small[0].reshape(-1, 49)
+    model.fit(x, small[1], epochs=4, verbose=0, callbacks=[Spoil(), export])
+    assert {float(weight.max()) for weight in model.get_weights()} == {3.0}
+    expected = keras.models.clone_model(model)
+    expected.set_weights([np.full_like(weight, best) for weight in model.get_weights()])
+    assert tfaccel.compare(expected, export.file.path, x).sqnr_db > 100
+
+
+def test_a_figure_that_does_not_exist_is_named_after_the_first_epoch(helpers, small, tmp_path):
+    export = tfaccel.ExportTFLite(tmp_path / "m.tflite", monitor="val_acuracy")
+    with pytest.raises(ValueError, match=r"monitor='val_acuracy'.*Allowed: .*loss"):
+        helpers.compile(helpers.build()).fit(*small, epochs=3, verbose=0, callbacks=[export])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"mode": "best"}, "mode='best'"),
+        ({"options": {"layer": {}}}, "options="),
+        ({"options": {"recipe": "int8"}}, "options="),
+        ({"options": {"layers": {"a": "int3"}}}, "recipe='int3'"),
+        ({"recipe": "auto"}, "needs max_drop"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(tmp_path, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        tfaccel.ExportTFLite(tmp_path / "m.tflite", **arguments)
+
+
+def test_a_search_at_the_end_of_fit(helpers, small, tmp_path):
+    export = tfaccel.ExportTFLite(
+        tmp_path / "m.tflite", tfaccel.AutoRecipe(budget_s=1), calibration=small, max_drop=0.1
+    )
+    helpers.compile(helpers.build()).fit(*small, verbose=0, callbacks=[export])
+    assert export.file.score.drop <= 0.1
+    assert export.file.search.trials

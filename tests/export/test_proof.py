@@ -228,9 +228,10 @@ def test_no_space_left_leaves_the_older_file(net, tmp_path, monkeypatch):
 # recipe="auto"
 
 
-def search(net, data, path, **options):
+def search(net, data, path, max_drop=0.02, layers=None, **options):
+    recipe = tfaccel.AutoRecipe(**options) if options else "auto"
     return tfaccel.export_tflite(
-        net, path, "auto", calibration=data, evaluate=data, **{"max_drop": 0.02, **options}
+        net, path, recipe, calibration=data, evaluate=data, max_drop=max_drop, layers=layers
     )
 
 

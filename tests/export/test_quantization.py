@@ -190,7 +190,7 @@ def test_bad_rules_are_refused(net, small, tmp_path, recipe, layers, text):
 
 @pytest.mark.parametrize("recipe", ["weight_only_int8", "dynamic_int8", "int4_weights", "int8", "int16x8"])
 def test_files_do_not_depend_on_the_delegate(tmp_path, recipe):
-    """LiteRT's own kernels compute blocks of four-bit weights wrong, in silence; its XNNPACK delegate right."""
+    """LiteRT's own kernels compute blocks of four-bit weights wrong, in silence; XNNPACK does right."""
     from tfaccel.export.interpreter import open_with_all_tensors
 
     model = keras.Sequential([keras.Input((64,)), L.Dense(64, activation="relu"), L.Dense(10)])

@@ -11,7 +11,7 @@ import numpy as np
 
 from tfaccel.errors import refuse
 from tfaccel.export.file import TFLiteFile
-from tfaccel.export.search import check_search
+from tfaccel.export.search import AutoRecipe
 from tfaccel.export.tflite import (
     check_arguments,
     check_data,
@@ -32,7 +32,7 @@ class ExportTFLite(keras.callbacks.Callback):
 
     Args:
         path: Where the file goes; its folder must exist.
-        recipe: As for `export_tflite`, `"auto"` too.
+        recipe: As for `export_tflite`; `"auto"` and an `AutoRecipe` too.
         calibration: Real samples; needed for fixed ranges such as `"int8"`.
         evaluate: Labelled data or a function, for `max_drop`; default the labels of `calibration`.
         max_drop: How much the score may fall; more raises `ExportError` when training is over, with
@@ -63,7 +63,7 @@ class ExportTFLite(keras.callbacks.Callback):
     def __init__(
         self,
         path: str | os.PathLike,
-        recipe: str = "float32",
+        recipe: str | AutoRecipe = "float32",
         *,
         calibration: Any = None,
         evaluate: Any = None,
@@ -91,8 +91,6 @@ class ExportTFLite(keras.callbacks.Callback):
         check_arguments(
             recipe, calibration, evaluate, max_drop, self.options.get("layers"), self.options.get("metadata")
         )
-        if recipe == "auto":
-            check_search(self.options.get("minimize", "size"), max_drop, self.options.get("budget_s"))
         self.file: TFLiteFile | None = None
         self._best: float | None = None
         self._best_weights: list[np.ndarray] = []

@@ -78,6 +78,6 @@ def find_recipe(name: str) -> Recipe:
         ValueError: There is none.
     """
     if name not in RECIPES:
-        allowed = ", ".join(map(repr, RECIPES))
+        allowed = ", ".join(map(repr, (*RECIPES, "auto")))
         raise refuse("recipe", name, allowed, "Start with 'dynamic_int8', which needs no data.")
     return RECIPES[name]

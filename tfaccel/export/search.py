@@ -13,6 +13,7 @@ with measured noise in the place of curvature.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -74,18 +75,37 @@ class SearchReport:
         return "\n".join(lines)
 
 
-def check_search(minimize: str, max_drop: float | None, budget_s: float | None) -> None:
-    """Raises ValueError for a search that can't be done."""
-    if minimize not in OBJECTIVES:
-        raise refuse("minimize", minimize, " or ".join(map(repr, OBJECTIVES)), "Start with 'size'.")
-    if max_drop is None:
-        raise ValueError(
-            "recipe='auto' needs max_drop, which was not given. Allowed: a fraction, 0..1. Pass "
-            "evaluate=(x_test, "
-            "y_test), max_drop=0.005 for half a percentage point."
-        )
-    if budget_s is not None and not budget_s > 0:
-        raise refuse("budget_s", budget_s, "seconds above 0, or None for no limit", "Try 120.")
+@dataclasses.dataclass(frozen=True)
+class AutoRecipe:
+    """How `export_tflite` is to search for a recipe; `recipe="auto"` is all defaults.
+
+    Args:
+        minimize: `"size"` (default) or `"latency"` of one sample on one thread.
+        budget_s: Seconds after which no mix of recipes is tried any more; whole files always are. Default
+        None,
+            no limit.
+        resume_from: A file in which trials are kept; a search that was cut off goes on from it.
+        report: A function that is told of each trial: `report(minimize, trial)`.
+
+    Raises:
+        ValueError: A bad argument.
+
+    Example:
+        >>> AutoRecipe("latency", budget_s=60).minimize
+        'latency'
+    """
+
+    minimize: str = "size"
+    budget_s: float | None = None
+    resume_from: str | os.PathLike | None = None
+    report: Report | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if self.minimize not in OBJECTIVES:
+            raise refuse("minimize", self.minimize, " or ".join(map(repr, OBJECTIVES)), "Start with 'size'.")
+        if self.budget_s is not None and not self.budget_s > 0:
+            raise refuse("budget_s", self.budget_s, "seconds above 0, or None for no limit", "Try 120.")
 
 
 class Search:
@@ -94,27 +114,16 @@ class Search:
     Args:
         bench: The model and its data, with something to score on.
         max_drop: How much the score may fall.
-        minimize: `"size"` or `"latency"`.
-        budget_s: Seconds after which nothing new is begun; None for no limit.
-        log: What was measured before.
-        report: Told of each trial, as it is measured.
+        options: What to look for, and for how long.
     """
 
-    def __init__(
-        self,
-        bench: Workbench,
-        max_drop: float,
-        minimize: str,
-        budget_s: float | None,
-        log: TrialLog,
-        report: Report | None = None,
-    ):
+    def __init__(self, bench: Workbench, max_drop: float, options: AutoRecipe):
         self._bench = bench
         self._max_drop = max_drop
-        self._minimize = minimize
-        self._deadline = None if budget_s is None else time.monotonic() + budget_s
-        self._log = log
-        self._report = report
+        self._minimize = options.minimize
+        self._deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
+        self._log = TrialLog(options.resume_from, bench)
+        self._report = options.report
         self.trials: list[Trial] = []
 
     def run(self) -> tuple[Candidate, SearchReport]:

@@ -27,10 +27,9 @@ from tfaccel.export.recipes import RECIPES, Recipe, find_recipe
 from tfaccel.export.report import report_layers
 from tfaccel.export.samples import Samples, collect_samples, make_up_samples
 from tfaccel.export.scoring import Scorer, accuracy, is_function, labels_of, scoring_data
-from tfaccel.export.search import Report, Search, check_search
+from tfaccel.export.search import AutoRecipe, Search
 from tfaccel.export.selection import Selector, check_selection, recipes_by_operation
 from tfaccel.export.serving import ServingFunction
-from tfaccel.export.trials import TrialLog
 from tfaccel.export.workbench import Candidate, Workbench
 from tfaccel.keras_fixes.half_precision import computes_in_half_precision
 
@@ -40,20 +39,16 @@ CALIBRATION_SAMPLES = 500
 def export_tflite(
     model: keras.Model,
     path: str | os.PathLike,
-    recipe: str = "float32",
+    recipe: str | AutoRecipe = "float32",
     *,
     calibration: Any = None,
     evaluate: Any = None,
     max_drop: float | None = None,
     layers: Mapping[Selector, str] | None = None,
-    minimize: str = "size",
-    budget_s: float | None = None,
-    resume_from: str | os.PathLike | None = None,
     strict: bool = False,
     allow_select_ops: bool = False,
     metadata: dict[str, Any] | None = None,
     input_signature: Any = None,
-    report: Report | None = None,
 ) -> TFLiteFile:
     """Writes a TFLite file of the model that has been run in LiteRT and compared with the model.
 
@@ -71,7 +66,7 @@ def export_tflite(
             `"int8_integer_io"` or `"int16x8"`; see `tfaccel.export.recipes`. `"auto"` measures them, and
             mixes
             of them by layer, and takes the smallest or fastest whose score falls by no more than `max_drop`;
-            what it tried is in the result's `search`.
+            what it tried is in the result's `search`. An `AutoRecipe` says what to look for, and how long.
         calibration: Real samples: arrays, `(x, y)`, a `tf.data.Dataset` (of batches or samples, with
             or without labels) or a `keras.utils.PyDataset`. Fixed ranges (`"int8"` and the like) need
             them, up to 500 are used; the other recipes are compared on them.
@@ -83,10 +78,6 @@ def export_tflite(
             judged by its SQNR, at least the recipe's `min_sqnr_db`.
         layers: Another recipe for some layers, by name, class, or a function of the layer:
             `{"scores": "float32", keras.layers.DepthwiseConv2D: "dynamic_int8"}`. A later rule wins.
-        minimize: What `"auto"` looks for: `"size"` (default) or `"latency"` of one sample on one thread.
-        budget_s: Seconds after which `"auto"` begins no further trial but those of whole files; default None,
-            no limit.
-        resume_from: A file in which `"auto"` keeps its trials; a search that was cut off goes on from it.
         strict: Refuses a file of an integer recipe in which anything computes in floats. Default: the
             result's `float_operations` name it.
         allow_select_ops: Takes TensorFlow's own operations where LiteRT has none. Such a file runs only in an
@@ -95,7 +86,6 @@ def export_tflite(
         metadata: What the file is to say about itself, such as `{"labels": [...], "input": "0..1"}`; JSON.
         input_signature: Nested `tf.TensorSpec` of the inputs, batch axis included; needed only for a
             subclassed model with several inputs, or with inputs that are not float.
-        report: A function that `"auto"` tells of each trial: `report(minimize, trial)`.
 
     Returns:
         A `TFLiteFile`: path, size, parity and scores.
@@ -118,12 +108,11 @@ def export_tflite(
     """
     target = check_path(path)
     check_arguments(recipe, calibration, evaluate, max_drop, layers, metadata)
-    if recipe == "auto":
-        check_search(minimize, max_drop, budget_s)
+    if recipe == "auto" or isinstance(recipe, AutoRecipe):
+        options = recipe if isinstance(recipe, AutoRecipe) else AutoRecipe()
         ranged = RECIPES["int8" if calibration is not None else "dynamic_int8"]
         bench = make_bench(model, ranged, calibration, evaluate, max_drop, input_signature, False)
-        search = Search(bench, max_drop or 0.0, minimize, budget_s, TrialLog(resume_from, bench), report)
-        candidate, searched = search.run()
+        candidate, searched = Search(bench, max_drop or 0.0, options).run()
         return write_candidate(target, candidate, bench, metadata, searched)
     chosen = find_recipe(recipe)
     bench = make_bench(model, chosen, calibration, evaluate, max_drop, input_signature, allow_select_ops)
@@ -188,7 +177,7 @@ def check_path(path: str | os.PathLike) -> pathlib.Path:
 
 
 def check_arguments(
-    name: str,
+    name: str | AutoRecipe,
     calibration: Any,
     evaluate: Any,
     max_drop: float | None,
@@ -197,10 +186,13 @@ def check_arguments(
 ) -> None:
     """Raises ValueError for arguments that contradict one another."""
     check_metadata(metadata)
-    if name == "auto":
+    if name == "auto" or isinstance(name, AutoRecipe):
         if layers:
-            raise refuse(
-                "layers", layers, "a recipe other than 'auto', which chooses by layer itself", "Leave it out."
+            raise refuse("layers", layers, "a recipe that does not choose by layer itself", "Leave it out.")
+        if max_drop is None:
+            raise ValueError(
+                "recipe='auto' needs max_drop, which was not given. Allowed: a fraction, 0..1. Pass "
+                "evaluate=(x_test, y_test), max_drop=0.005 for half a percentage point."
             )
         recipe = RECIPES["dynamic_int8"]
     else:
