@@ -47,7 +47,7 @@ def test_ranges_are_those_of_numpy(net, small):
 def test_weight_only_int8_is_each_units_weights_on_a_grid(small, tmp_path):
     model = keras.Sequential([keras.Input((49,)), L.Dense(10, kernel_initializer="normal")])
     x = small[0].reshape(-1, 49)
-    tfaccel.export_tflite(model, tmp_path / "m.tflite", "weight_only_int8", calibration=x)
+    tfaccel.export_tflite(model, tmp_path / "m.tflite", "weight_only_int8")
     (output,) = TFLiteRunner(tmp_path / "m.tflite").run((x,)).values()
     kernel, bias = model.get_weights()
     scale = np.abs(kernel).max(0) / 127
@@ -106,9 +106,10 @@ def test_inputs_that_are_always_zero_do_no_harm():
     np.testing.assert_allclose(rounded, weights, atol=1e-6)
 
 
-def test_samples_make_four_bits_better(net, small, tmp_path):
-    with_samples = tfaccel.export_tflite(net, tmp_path / "a.tflite", "int4_weights", calibration=small)
-    tfaccel.export_tflite(net, tmp_path / "b.tflite", "int4_weights")
+@pytest.mark.parametrize("recipe", ["int4_weights", "weight_only_int8"])
+def test_samples_make_few_bits_better(net, small, tmp_path, recipe):
+    with_samples = tfaccel.export_tflite(net, tmp_path / "a.tflite", recipe, calibration=small)
+    tfaccel.export_tflite(net, tmp_path / "b.tflite", recipe)
     assert with_samples.parity.sqnr_db > tfaccel.compare(net, tmp_path / "b.tflite", small[0]).sqnr_db + 1
 
 
@@ -119,10 +120,13 @@ def dtypes(path):
     graph = flatbuffer_utils.read_model(str(path)).subgraphs[0]
     names = {code: name for name, code in vars(flatbuffer_utils.TensorType).items() if type(code) is int}
     found = {}
+    # Weights of layers that compute in floats are turned into floats by an operation of their own.
+    source = {each.outputs[0]: each.inputs[0] for each in graph.operators if len(each.inputs) == 1}
     for each in graph.operators:
         for layer in ("stem", "depth", "inner"):
             if len(each.inputs) > 1 and f"/{layer}_1/" in graph.tensors[each.outputs[0]].name.decode():
-                found[layer] = names[graph.tensors[each.inputs[1]].type]
+                kernel = each.inputs[1]
+                found[layer] = names[graph.tensors[source.get(kernel, kernel)].type]
     return found
 
 
@@ -198,4 +202,4 @@ def test_files_do_not_depend_on_the_delegate(tmp_path, recipe):
     file = tfaccel.export_tflite(model, tmp_path / "m.tflite", recipe, calibration=x)
     runner = open_with_all_tensors(file.path.read_bytes()).get_signature_runner()
     (output,) = runner(**{next(iter(runner.get_input_details())): x}).values()
-    assert tfaccel.export.compare.parity(model(x).numpy(), output).sqnr_db > file.parity.sqnr_db - 3
+    assert tfaccel.export.compare.parity(model(x).numpy(), output).sqnr_db > file.parity.sqnr_db - 6  # 1 bit

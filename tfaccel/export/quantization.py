@@ -33,6 +33,9 @@ from tfaccel.export.samples import Samples
 
 WIDEST = 1e6  # beyond this a value is a mask or an overflow, and no eight bits hold it and the others
 CALIBRATION_BATCH = 16
+# Weights, by their bits: turning inputs into integers as it runs costs more than so few multiplications
+# bring.
+SMALL = {8: 1024, 4: 0}
 ROUNDED_KINDS = ("FULLY_CONNECTED", "CONV_2D")
 FOUR_BIT_KINDS = ("FULLY_CONNECTED", "CONV_2D", "EMBEDDING_LOOKUP")  # LiteRT has kernels for these
 
@@ -70,6 +73,8 @@ def quantize(
         own = (chosen or {}).get(each.outputs[0], recipe)
         if own.needs_calibration and (_too_wide(each, ranges or {}) or exact.intersection(each.outputs)):
             own = RECIPES["float32"]
+        if own.dynamic and (each.kind == "DEPTHWISE_CONV_2D" or each.weights < SMALL[own.weight_bits]):
+            own = RECIPES["weight_only_int8"]
         if own != recipe:
             _add_rules(work, "^" + re.escape(each.outputs[0]) + ";", own)
     with (
@@ -124,8 +129,7 @@ def bits_to_round(
     bits = {}
     for each in operations:
         own = (chosen or {}).get(each.outputs[0], recipe) if each.outputs else recipe
-        wanted = own.weight_bits == 4 or (own.weight_bits == 8 and own.needs_calibration)
-        if wanted and each.kind in ROUNDED_KINDS:
+        if own.weight_bits < 16 and each.kind in ROUNDED_KINDS:
             bits[each.outputs[0]] = own.weight_bits
     return bits
 

@@ -11,9 +11,10 @@
 | `int8_integer_io` | int8 | int8, inputs and outputs too | yes | microcontrollers without floats |
 | `int16x8` | int8 | int16 | yes | where int8 activations lose too much |
 
-Weights have a scale for each output channel. With calibration data those of the last four rows are rounded
-so that
-what their layer computes changes least (`rounding.py`). Inputs and outputs stay float32 but in
+Weights have a scale for each output channel. With calibration data they are rounded so that what their layer
+computes changes least (`rounding.py`). The dynamic recipes keep depthwise and tiny layers computing in
+float32:
+turning their inputs into integers costs more than it saves. Inputs and outputs stay float32 but in
 `int8_integer_io`.
 """
 
