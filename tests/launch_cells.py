@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -260,6 +261,21 @@ def plain_keras(folder):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3)
     (folder / f"survived{index}.json").write_text(json.dumps([int(i) for i in order]))
+
+
+def drive_ray(folder):
+    """Runs the call that `folder` holds on Ray, and leaves its answer there."""
+    import ray
+
+    function, arguments, options = pickle.loads((folder / "call").read_bytes())
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    try:
+        answer = tfaccel.launch.run(function, arguments, engine="ray", **options), None
+    except tfaccel.launch.WorkerError as error:
+        answer = None, error
+    (folder / "unfinished").write_bytes(pickle.dumps(answer))
+    (folder / "unfinished").rename(folder / "answer")
+    ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ from tfaccel.export.search import AutoRecipe, SearchReport
 from tfaccel.export.tflite import export_tflite
 from tfaccel.export.trials import Trial
 from tfaccel.fast_kernels.predictor import predictor
+from tfaccel.fit.compression_report import CompressionReport, CompressionRow, compression_report
 from tfaccel.fit.learning_rate import OneCycle, WarmupCosine
+from tfaccel.fit.prune_weights import PruneWeights
+from tfaccel.fit.sparsity_schedule import PruningSchedule
 from tfaccel.fit.throughput import Throughput
 from tfaccel.prepare.devices import Devices
 
@@ -22,6 +25,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Accelerator",
     "AutoRecipe",
+    "CompressionReport",
+    "CompressionRow",
     "Devices",
     "ExportError",
     "ExportTFLite",
@@ -30,6 +35,8 @@ __all__ = [
     "LayerRow",
     "OneCycle",
     "Parity",
+    "PruneWeights",
+    "PruningSchedule",
     "Score",
     "SearchReport",
     "TFLiteFile",
@@ -38,6 +45,7 @@ __all__ = [
     "WarmupCosine",
     "benchmark_tflite",
     "compare",
+    "compression_report",
     "export_tflite",
     "launch",
     "layer_report",

@@ -18,7 +18,7 @@ from tfaccel.export.tflite import (
     check_path,
     export_tflite,
 )
-from tfaccel.keras_fixes.callback_siblings import siblings
+from tfaccel.keras_fixes.callback_siblings import changes_weights_at_end, siblings
 
 
 class ExportTFLite(keras.callbacks.Callback):
@@ -104,7 +104,7 @@ class ExportTFLite(keras.callbacks.Callback):
             check_data(self.model, self.calibration, self.evaluate, self.max_drop, signature)
         others = siblings(self)
         for other in others[others.index(self) + 1 :]:
-            if _changes_weights_at_end(other):
+            if changes_weights_at_end(other):
                 raise ValueError(
                     f"ExportTFLite is listed before {type(other).__name__}, which changes the weights "
                     "when training ends: another model would be exported than the one you keep. "
@@ -156,9 +156,3 @@ class ExportTFLite(keras.callbacks.Callback):
     def __repr__(self) -> str:
         """The call, without the data."""
         return f"ExportTFLite({str(self.path)!r}, {self.recipe!r}, max_drop={self.max_drop!r})"
-
-
-def _changes_weights_at_end(callback: keras.callbacks.Callback) -> bool:
-    if isinstance(callback, keras.callbacks.EarlyStopping):
-        return callback.restore_best_weights
-    return isinstance(callback, keras.callbacks.SwapEMAWeights)

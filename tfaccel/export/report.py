@@ -25,6 +25,7 @@ from tfaccel.export.recipes import RECIPES
 from tfaccel.export.samples import Samples, collect_samples
 from tfaccel.export.serving import ServingFunction
 from tfaccel.export.workbench import Workbench
+from tfaccel.plots import new_figure
 
 ROWS = 64  # samples that both files are run on
 
@@ -88,18 +89,7 @@ class LayerReport:
         Raises:
             ValueError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ValueError(
-                "Plots need matplotlib, which is not installed. Allowed: pip install 'tfaccel[plot]'. "
-                "print() "
-                "shows the same as a table."
-            ) from error
-        figure = Figure(figsize=(8, 1.2 + 0.24 * len(self.rows)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        figure, axes = new_figure(8, 1.2 + 0.24 * len(self.rows))
         names = [row.layer for row in self.rows][::-1]
         noise = [max(row.added_noise, 1e-9) for row in self.rows][::-1]
         axes.barh(names, noise, color="tab:red")

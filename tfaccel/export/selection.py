@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import keras
 
 from tfaccel.errors import refuse
 from tfaccel.export.operations import Operation
 from tfaccel.export.recipes import Recipe, find_recipe
-
-Selector = str | type | Callable[[keras.layers.Layer], bool]
+from tfaccel.selection import Selector, check_selector, matches
 
 
 def check_selection(layers: Mapping[Selector, str] | None, base: Recipe) -> None:
@@ -23,13 +20,7 @@ def check_selection(layers: Mapping[Selector, str] | None, base: Recipe) -> None
     """
     for selector, name in (layers or {}).items():
         recipe = find_recipe(name)
-        if not isinstance(selector, str | type) and not callable(selector):
-            raise refuse(
-                "layers",
-                selector,
-                "a layer's name, a layer class, or a function of a layer",
-                "Print [layer.name for layer in model.layers].",
-            )
+        check_selector("layers", selector)
         if recipe.integer_io:
             raise refuse(
                 f"layers[{selector!r}]",
@@ -65,12 +56,3 @@ def recipes_by_operation(
             )
         chosen.update((each.outputs[0], find_recipe(name)) for each in matching)
     return chosen
-
-
-def matches(selector: Selector, layer: keras.layers.Layer) -> bool:
-    """Whether a layer is selected."""
-    if isinstance(selector, str):
-        return layer.name == selector
-    if isinstance(selector, type):
-        return isinstance(layer, selector)
-    return bool(selector(layer))

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from tfaccel.fit._optimizer import Curve, drive, inner_optimizer, momentum_name
+from tfaccel.fit._run import updates_per_epoch
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.keras_fixes.callback_siblings import siblings
 from tfaccel.keras_fixes.whole_executions import check_whole_executions
@@ -73,13 +74,13 @@ class ScheduleCallback(keras.callbacks.Callback):
         self._attachment = None
         check_siblings(self)
         check_whole_executions(self)
-        self._updates_per_epoch()
+        updates_per_epoch(self, self.steps_per_epoch)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Attaches in the first epoch, whose number is not 0 where a run is resumed."""
         if self._attachment is not None:
             return
-        per_epoch = self._updates_per_epoch()
+        per_epoch = updates_per_epoch(self, self.steps_per_epoch)
         epochs = self.params["epochs"]
         last_step = max(int(per_epoch * epochs) - 1, 1)
         warmup = self.warmup
@@ -112,19 +113,6 @@ class ScheduleCallback(keras.callbacks.Callback):
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
-
-    def _updates_per_epoch(self) -> float:
-        """Optimizer updates in an epoch; a fraction where accumulation spans the epoch's end."""
-        batches = self.steps_per_epoch or self.params.get("steps")
-        if not batches:
-            raise ValueError(
-                f"{type(self).__name__} can't tell how long this fit will be: the data has no known "
-                "length. Allowed: arrays, a PyDataset, a dataset of known cardinality. Pass "
-                "steps_per_epoch to fit() or to the callback, or apply "
-                "tf.data.experimental.assert_cardinality(batches) to the dataset."
-            )
-        optimizer = inner_optimizer(self.model.optimizer)
-        return batches / (optimizer.gradient_accumulation_steps or 1)
 
 
 def check_optimizer(callback: keras.callbacks.Callback) -> None:

@@ -34,3 +34,10 @@ def siblings(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callbac
     finally:
         del frame
     return [callback]
+
+
+def changes_weights_at_end(callback: keras.callbacks.Callback) -> bool:
+    """Whether a Keras callback puts other weights into the model in `on_train_end`."""
+    if isinstance(callback, keras.callbacks.EarlyStopping):
+        return callback.restore_best_weights
+    return isinstance(callback, keras.callbacks.SwapEMAWeights)

@@ -1,0 +1,85 @@
+"""How long the running `fit` is, counted in optimizer updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfaccel.fit._optimizer import inner_optimizer
+from tfaccel.keras_fixes.callback_siblings import changes_weights_at_end, siblings
+
+
+def updates_per_epoch(callback: keras.callbacks.Callback, steps_per_epoch: int | None = None) -> float:
+    """Optimizer updates in an epoch; a fraction where accumulation spans the epoch's end.
+
+    Args:
+        callback: Of the running `fit`.
+        steps_per_epoch: Batches an epoch where the user has said so; None asks `fit`.
+
+    Raises:
+        ValueError: The data has no known length.
+    """
+    batches = steps_per_epoch or callback.params.get("steps")
+    if not batches:
+        own = " or to the callback" if hasattr(callback, "steps_per_epoch") else ""
+        raise ValueError(
+            f"{type(callback).__name__} can't tell how long this fit will be: the data has no known "
+            "length. Allowed: arrays, a PyDataset, a dataset of known cardinality. Pass "
+            f"steps_per_epoch to fit(){own}, or apply "
+            "tf.data.experimental.assert_cardinality(batches) to the dataset."
+        )
+    return batches / (inner_optimizer(callback.model.optimizer).gradient_accumulation_steps or 1)
+
+
+def check_order(callback: keras.callbacks.Callback) -> None:
+    """Raises ValueError where a callback behind this one puts other weights back when training ends."""
+    others = siblings(callback)
+    for other in others[others.index(callback) + 1 :]:
+        if changes_weights_at_end(other):
+            name = type(callback).__name__
+            raise ValueError(
+                f"{name} is listed before {type(other).__name__}, which changes the weights when training "
+                f"ends: they would not be those that {name} made. Allowed: {name} behind it. Exchange them."
+            )
+
+
+def check_early_stopping(callback: keras.callbacks.Callback, epoch: int) -> None:
+    """Raises ValueError where the best weights could be those of an epoch before `epoch`.
+
+    Args:
+        callback: That reaches its aim by then.
+        epoch: The first whose weights are as they should be; 0 is the first of all.
+    """
+    for other in siblings(callback):
+        if (
+            isinstance(other, keras.callbacks.EarlyStopping)
+            and other.restore_best_weights
+            and other.start_from_epoch < epoch
+        ):
+            raise ValueError(
+                f"EarlyStopping could put back weights from before epoch {epoch}, when "
+                f"{type(callback).__name__} is not done yet. Allowed: start_from_epoch ≥ {epoch}. Pass "
+                f"EarlyStopping(..., start_from_epoch={epoch})."
+            )
+
+
+def updates_done(optimizer: keras.optimizers.Optimizer) -> int:
+    """Updates that an optimizer has made so far; Python's number, for use outside of a step."""
+    return int(keras.ops.convert_to_numpy(inner_optimizer(optimizer).iterations))
+
+
+def updates_with_this_one(optimizer: keras.optimizers.Optimizer) -> tuple[Any, Any]:
+    """Inside of `apply`, behind the update: how many there are now, and whether this call was one.
+
+    With accumulation most calls only add a gradient. Keras counts a call once it is over, and
+    `optimizer.iterations` divides that count, so the count itself is asked.
+
+    Returns:
+        int64 and bool tensors.
+    """
+    inner = inner_optimizer(optimizer)
+    calls = tf.cast(next(v for v in inner.variables if v.name == "iteration").value, tf.int64) + 1
+    each = inner.gradient_accumulation_steps or 1
+    return calls // each, tf.equal(calls % each, 0)

@@ -1,0 +1,31 @@
+"""Which layers are meant: by name, by class, or by whatever a function of the layer says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import keras
+
+from tfaccel.errors import refuse
+
+Selector = str | type | Callable[[keras.layers.Layer], bool]
+
+
+def check_selector(argument: str, selector: object) -> None:
+    """Raises ValueError for what can't select a layer at all."""
+    if not isinstance(selector, str | type) and not callable(selector):
+        raise refuse(
+            argument,
+            selector,
+            "a layer's name, a layer class, or a function of a layer",
+            "Print [layer.name for layer in model.layers].",
+        )
+
+
+def matches(selector: Selector, layer: keras.layers.Layer) -> bool:
+    """Whether a layer is selected."""
+    if isinstance(selector, str):
+        return layer.name == selector
+    if isinstance(selector, type):
+        return isinstance(layer, selector)
+    return bool(selector(layer))
