@@ -13,6 +13,7 @@ from tfaccel.export.search import AutoRecipe, SearchReport
 from tfaccel.export.tflite import export_tflite
 from tfaccel.export.trials import Trial
 from tfaccel.fast_kernels.predictor import predictor
+from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, CompressionRow, compression_report
 from tfaccel.fit.learning_rate import OneCycle, WarmupCosine
 from tfaccel.fit.prune_weights import PruneWeights
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Accelerator",
     "AutoRecipe",
+    "ClusterWeights",
     "CompressionReport",
     "CompressionRow",
     "Devices",

@@ -1,9 +1,6 @@
 """Pruning: the masks against numpy and against tfmot, held in every kind of step, gone at the end."""
 
 import json
-import pathlib
-import subprocess
-import sys
 import zipfile
 
 import keras
@@ -15,8 +12,6 @@ import tfaccel
 from tfaccel.fit import _masks as masks
 from tfaccel.fit.prune_weights import parse_pattern
 from tfaccel.fit.sparsity_schedule import is_mask_step, plan, polynomial_progress
-
-TWINS = pathlib.Path(__file__).with_name("tfmot_twins.py")
 
 
 def kernels(model):
@@ -97,15 +92,6 @@ def test_the_schedule_by_hand():
 
 
 # 2. tfmot as the oracle.
-
-
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory):
-    path = tmp_path_factory.mktemp("twins") / "weights.npz"
-    done = subprocess.run([sys.executable, str(TWINS), str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with np.load(path) as archive:
-        return dict(archive)
 
 
 @pytest.mark.parametrize("case", ["ramp", "own_ramp", "constant", "2:4", "blocks"])

@@ -1,8 +1,8 @@
 """The same training twice: tf_keras with tfmot, and Keras 3 with tfaccel. Run as a script, beside the tests.
 
 tfmot sets TF_USE_LEGACY_KERAS for the whole process, so the tests run it in one of its own.
-Writes the kernels of both behind the last step, as `CASE/tfmot/INDEX` and `CASE/tfaccel/INDEX`, and what the
-schedules say at each step.
+Writes the kernels of both behind the last step, as `CASE/tfmot/INDEX` and `CASE/tfaccel/INDEX`; what the
+schedules say at each step; and tfmot's clusters.
 """
 
 import os
@@ -97,6 +97,22 @@ def schedules(sparsity):
     }
 
 
+def clusters(rng):
+    """tfmot's first centroids, and which of them each weight belongs to."""
+    from tensorflow_model_optimization.python.core.clustering.keras import clustering_algorithm
+    from tensorflow_model_optimization.python.core.clustering.keras import clustering_centroids as starts
+
+    values = rng.normal(size=400).astype("float32")
+    linear = starts.LinearCentroidsInitialisation(tf.constant(values), 8).get_cluster_centroids()
+    algorithm = clustering_algorithm.ClusteringAlgorithm(tf.Variable(linear), "GradientAggregation.SUM")
+    groups = algorithm.get_pulling_indices(tf.constant(values))
+    return {
+        "clusters/values": values,
+        "clusters/linear": linear.numpy(),
+        "clusters/groups": groups.numpy(),
+    }
+
+
 def main(path):
     sparsity = import_tfmot()
     import tf_keras
@@ -113,8 +129,11 @@ def main(path):
         pruned = sparsity.prune_low_magnitude(twin, **theirs)
         found[f"{name}/tfaccel"] = train(keras, model, x, y, start, [ours])
         found[f"{name}/tfmot"] = train(tf_keras, pruned, x, y, start, [sparsity.UpdatePruningStep()])
-    found |= schedules(sparsity)
-    np.savez(path, **{f"{key}/{i}": v for key, values in found.items() for i, v in enumerate(values)})
+    found |= schedules(sparsity) | clusters(rng)
+    single = {key: found.pop(key) for key in list(found) if key.startswith("clusters")}
+    np.savez(
+        path, **single, **{f"{key}/{i}": v for key, values in found.items() for i, v in enumerate(values)}
+    )
 
 
 if __name__ == "__main__":

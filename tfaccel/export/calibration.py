@@ -138,7 +138,7 @@ def _seen_by_first_norm(
 
     if norms and not serving.states:
         with calls_replaced(norms, noting):
-            rows = next(samples.batches(serving.batch_size or LOOK_AT))
+            rows = samples.spread(serving.batch_size or LOOK_AT).inputs
             serving.call(*map(tf.constant, rows))
     return seen[0] if seen else None
 
@@ -153,6 +153,12 @@ def _doubts(serving: ServingFunction, samples: Samples) -> list[str]:
         doubts.append(
             f"calibration holds {len(samples)} samples. The ranges of int8 are their extremes: some hundred "
             "samples are usual."
+        )
+    labels = samples.labels
+    if labels is not None and labels.ndim == 1 and len(labels) >= FEW and (labels == labels[0]).all():
+        doubts.append(
+            f"calibration's {len(labels)} samples all have the label {labels[0]}: the ranges would be those "
+            "of one class. Shuffle the dataset."
         )
     images = [a for a in samples.inputs if a.ndim == 4 and a.dtype == np.float32 and min(a.shape[1:3]) >= 8]
     scaled = any(isinstance(each, SCALING_LAYERS) for each in inner_layers(serving.model))

@@ -3,7 +3,8 @@
 Rounding to nearest treats each weight alone. Here the error of one is made up for by those that are not
 rounded yet, weighted by how the layer's inputs go together on the calibration samples (GPTQ).
 
-Cost: for a layer with K weights a unit one matrix of K × K, and K steps: seconds for a small net.
+Cost: for a layer with K weights a unit one matrix of K × K, and K steps: seconds for a small net. Above 2,048
+the inputs are taken in parts of 1,024, and what one part gets wrong is not made up for by another.
 
 Reference: Frantar et al., 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", https://arxiv.org/abs/2210.17323, algorithm 1.
@@ -27,6 +28,8 @@ ROWS = 16_384  # of inputs that are looked at, over all samples
 BATCH = 16
 COLUMNS = 128  # that are rounded before the others are made up
 CLIPS = np.linspace(1.0, 0.4, 25)  # of the largest weight: ranges that are tried
+LEAST_SHARE = 0.25  # of the mean importance: an input that these samples lack may come all the same
+WHOLE, PART = 2048, 1024  # inputs that are taken together
 
 
 def best_scales(weights: np.ndarray, bits: int, importance: np.ndarray | None = None) -> np.ndarray:
@@ -43,6 +46,7 @@ def best_scales(weights: np.ndarray, bits: int, importance: np.ndarray | None = 
     top = 2 ** (bits - 1) - 1
     largest = np.maximum(np.abs(weights).max(1, keepdims=True), 1e-12) / top
     importance = np.ones(weights.shape[1]) if importance is None else importance
+    importance = np.maximum(importance, LEAST_SHARE * importance.mean())
     best, least = largest, np.full_like(largest, np.inf)
     for clip in CLIPS:
         scale = largest * clip
@@ -103,7 +107,7 @@ class Rounder:
         self._names = names
         self._samples = samples
         self._batch_size = batch_size
-        self._products: dict[str, np.ndarray] = {}
+        self._products: dict[str, list[np.ndarray]] = {}
         self._rounded: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def apply(self, bits: dict[str, int]) -> tuple[bytes, Ranges]:
@@ -136,10 +140,14 @@ class Rounder:
         if (layer.name, bits) not in self._rounded:
             weights = layer.weights.reshape(layer.shape[0], -1)
             products = self._products[layer.name]
-            scales = best_scales(weights, bits, np.diag(products))
+            scales = best_scales(weights, bits, np.concatenate([np.diag(part) for part in products]))
             edge = scales * (2 ** (bits - 1) - 1)
+            rounded = [
+                round_with_inputs(weights[:, span], scales, bits, part)
+                for span, part in zip(_spans(weights.shape[1]), products, strict=True)
+            ]
             self._rounded[layer.name, bits] = (
-                round_with_inputs(weights, scales, bits, products),
+                np.concatenate(rounded, axis=1),
                 edge.reshape(-1, *[1] * (len(layer.shape) - 1)).astype(np.float32),
             )
         return self._rounded[layer.name, bits]
@@ -160,8 +168,17 @@ class Rounder:
                 rows = _rows(interpreter.get_tensor(indices[layer.input]), layer)
                 if len(rows) > share:
                     rows = rows[random.choice(len(rows), share, replace=False)]
-                known = self._products.setdefault(layer.name, np.zeros((rows.shape[1],) * 2))
-                known += rows.T @ rows
+                spans = _spans(rows.shape[1])
+                empty = [np.zeros((span.stop - span.start,) * 2) for span in spans]
+                known = self._products.setdefault(layer.name, empty)
+                for span, part in zip(spans, known, strict=True):
+                    part += rows[:, span].T @ rows[:, span]
+
+
+def _spans(inputs: int) -> list[slice]:
+    """The inputs that are taken together."""
+    size = inputs if inputs <= WHOLE else PART
+    return [slice(start, min(start + size, inputs)) for start in range(0, inputs, size)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,8 +36,15 @@ class Samples:
 
     def first(self, rows: int) -> Samples:
         """The first rows."""
-        labels = None if self.labels is None else self.labels[:rows]
-        return Samples(tuple(array[:rows] for array in self.inputs), labels, self.made_up)
+        return self._rows(slice(rows))
+
+    def spread(self, rows: int) -> Samples:
+        """Rows from the first to the last in equal steps: data that is sorted is seen from all sides."""
+        return self._rows(spread_indices(len(self), rows))
+
+    def _rows(self, which: Any) -> Samples:
+        labels = None if self.labels is None else self.labels[which]
+        return Samples(tuple(array[which] for array in self.inputs), labels, self.made_up)
 
     def whole_batches(self, batch_size: int | None) -> Samples:
         """As many rows as fill batches of that size; all where none is fixed.
@@ -57,8 +64,18 @@ class Samples:
         return self.first(rows)
 
 
+def spread_indices(length: int, limit: int | None) -> Any:
+    """`limit` of the numbers below `length`, from the first to the last in equal steps; None takes all."""
+    if limit is None or limit >= length:
+        return slice(None)
+    return np.linspace(0, length - 1, limit).round().astype(int)
+
+
 def collect_samples(data: Any, specs: list[tf.TensorSpec], limit: int | None, *, argument: str) -> Samples:
     """Takes up to `limit` rows of `data` and checks them against the model's inputs.
+
+    Of arrays and of a `PyDataset` they come from all over, as data is often sorted; of a dataset they are the
+    first.
 
     Args:
         data: Arrays (a list or dict for several inputs), `(x, y)`, a `tf.data.Dataset` of batches or
@@ -121,16 +138,28 @@ def _batches(data: Any, specs: list[tf.TensorSpec], limit: int | None) -> Iterat
         single = spec.shape.rank is not None and spec.shape.rank == specs[0].shape.rank - 1
         yield from (data.batch(64) if single else data).as_numpy_iterator()
     elif isinstance(data, keras.utils.PyDataset):
-        yield from (data[index] for index in range(len(data)))
+        yield from _batches_of(data, limit)
     elif isinstance(data, tuple | list | dict) or hasattr(data, "__array__"):
         # A list is several inputs; only a tuple is (x, y).
         x, y, _ = keras.utils.unpack_x_y_sample_weight(data if isinstance(data, tuple) else (data,))
-        yield keras.tree.map_structure(lambda array: np.asarray(array[:limit]), (x, y), none_is_leaf=False)
+        rows = spread_indices(len(keras.tree.flatten(x)[0]), limit)
+        yield keras.tree.map_structure(lambda array: np.asarray(array)[rows], (x, y), none_is_leaf=False)
     else:
         raise ValueError(
             f"{type(data).__name__} is not data that samples can be taken from. Allowed: arrays, "
             "(x, y), tf.data.Dataset, keras.utils.PyDataset. Turn a generator into a dataset."
         )
+
+
+def _batches_of(data: keras.utils.PyDataset, limit: int | None) -> Iterator[Any]:
+    """As many batches as hold `limit` rows, from all over."""
+    if not len(data):
+        return
+    first = data[0]
+    rows = len(keras.tree.flatten(first)[0])
+    needed = None if limit is None or not rows else -(-limit // rows)
+    for index in np.arange(len(data))[spread_indices(len(data), needed)]:
+        yield data[int(index)] if index else first
 
 
 def _by_name(x: Any, specs: list[tf.TensorSpec], argument: str) -> list[Any]:

@@ -22,6 +22,7 @@ from tfaccel.fit import _masks as masks
 from tfaccel.fit._choice import Choice
 from tfaccel.fit._layout import Layout
 from tfaccel.fit._run import updates_with_this_one
+from tfaccel.fit._state import beside
 from tfaccel.fit.sparsity_schedule import Plan
 
 
@@ -122,11 +123,11 @@ class Pruned:
         self.own = choice.variable.constraint
         values = keras.ops.convert_to_numpy(choice.variable.value)
         self.initial = initial
-        self.mask = _beside(np.ones(values.shape, bool))
+        self.mask = beside(np.ones(values.shape, bool))
         self.scores = self.before = None
         if importance != "magnitude":
-            self.scores = _beside(np.zeros(values.shape, "float32"))
-            self.before = _beside(values)
+            self.scores = beside(np.zeros(values.shape, "float32"))
+            self.before = beside(values)
         with contextlib.suppress(ValueError):  # `Pattern.fit` has refused it where a pattern needs one
             self.layout = Layout(choice.layer, choice.variable)
 
@@ -151,18 +152,6 @@ class Pruned:
         if self.before is not None:
             self.before.assign(held)
         return held
-
-
-def _beside(values: np.ndarray) -> keras.Variable:
-    """State beside a weight: each replica keeps its own copy, and all compute the same."""
-    return keras.Variable(
-        values,
-        dtype=values.dtype.name,
-        trainable=False,
-        autocast=False,
-        aggregation="only_first_replica",
-        synchronization="on_read",
-    )
 
 
 class Masks:

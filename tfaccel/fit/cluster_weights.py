@@ -1,0 +1,288 @@
+"""Weight sharing inside `fit`: the weights of a layer take a few values only, which are trained.
+
+When to use: to make a file smaller when it is zipped: 16 different values are 4 bits of information a weight,
+where float32 has 32. It doesn't make a model faster. Cluster a trained model, in a few epochs at a small
+learning rate; behind `PruneWeights`, whose zeros stay.
+
+What it costs: a lookup and two sums over the weights each step (`benchmarks/compression_overhead.py`), and
+nine bytes of memory a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfaccel.errors import refuse
+from tfaccel.fit._choice import Choice, Layers, check_finite, check_layers, choose_weights
+from tfaccel.fit._clusters import INITIALIZATIONS, first_centroids, group_means, kmeans, nearest
+from tfaccel.fit._layout import Layout
+from tfaccel.fit._run import check_early_stopping, check_order, updates_per_epoch, updates_with_this_one
+from tfaccel.fit._session import detach_leftovers
+from tfaccel.fit._state import beside
+from tfaccel.fit._weights import WeightUpdates
+from tfaccel.fit.compression_report import CompressionReport, compression_report
+from tfaccel.fit.prune_weights import PruneWeights
+from tfaccel.keras_fixes.callback_siblings import siblings
+from tfaccel.keras_fixes.whole_executions import check_whole_executions
+
+REGROUPINGS = 100  # in a run
+
+
+class ClusterWeights(keras.callbacks.Callback):
+    """Lets the weights of each layer take `num_clusters` different values, and trains those values.
+
+    A cluster's value is the mean of its members. Behind the scenes each member goes on moving by its own
+    gradient, and now and then joins the cluster that it has come nearest to. It all happens in the compiled
+    step, so it holds under `steps_per_execution`, XLA, gradient accumulation, mixed precision and every
+    strategy. Behind the last step the model is a plain one: nothing is to be stripped.
+
+    Args:
+        num_clusters: Different values a layer, from 2 to 65,536; zero is one of them where sparsity is
+            preserved. Default 16, four bits. A dict in `layers` gives some layers another number.
+        initialization: Where the clusters begin: `"kmeans++"` (default), `"linear"` or `"density"`.
+        scope: `"layer"` (default), or `"channel"`: each output channel has clusters of its own.
+        preserve_sparsity: Whether zeros stay zero. Default True.
+        begin_epoch: The epoch at whose beginning the weights are clustered. Default 0.
+        layers: Which layers, as for `PruneWeights`; a dict gives them another number of clusters, and 0
+            leaves them alone.
+
+    Raises:
+        ValueError: A bad argument; or, when `fit` begins and before its first step, a layer that doesn't
+            exist or is frozen, more clusters than weights, or weights that aren't finite.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(32), keras.layers.Dense(1)])
+        >>> model.compile(keras.optimizers.Adam(1e-4), "mse")
+        >>> cluster = tfaccel.ClusterWeights(16)
+        >>> history = model.fit(
+        ...     np.random.rand(64, 8), np.random.rand(64, 1), verbose=0, callbacks=[cluster]
+        ... )
+        >>> len(np.unique(model.layers[0].get_weights()[0]))
+        16
+
+    Reference:
+        Han et al., 2016, https://arxiv.org/abs/1510.00149, section 3; the start: Arthur and
+        Vassilvitskii, 2007, https://dl.acm.org/doi/10.5555/1283383.1283494, section 2.2.
+    """
+
+    def __init__(
+        self,
+        num_clusters: int = 16,
+        *,
+        initialization: str = "kmeans++",
+        scope: str = "layer",
+        preserve_sparsity: bool = True,
+        begin_epoch: int = 0,
+        layers: Layers = None,
+    ):
+        super().__init__()
+        check_layers(layers)
+        asked = [num_clusters, *(number for number in _own_numbers(layers) if number != 0)]
+        for number in asked:
+            if not isinstance(number, int) or not 2 <= number <= 2**16:
+                raise refuse("num_clusters", number, "an integer, 2 to 65,536", "16 are four bits.")
+        if initialization not in INITIALIZATIONS:
+            allowed = ", ".join(map(repr, INITIALIZATIONS))
+            raise refuse("initialization", initialization, allowed, "Take 'kmeans++'.")
+        if scope not in ("layer", "channel"):
+            raise refuse("scope", scope, "'layer' or 'channel'", "Take 'layer'.")
+        if not isinstance(begin_epoch, int) or begin_epoch < 0:
+            raise refuse("begin_epoch", begin_epoch, "an integer ≥ 0", "0 is the first epoch.")
+        self.num_clusters, self.initialization, self.scope = num_clusters, initialization, scope
+        self.preserve_sparsity, self.begin_epoch, self.layers = preserve_sparsity, begin_epoch, layers
+        self.report: CompressionReport | None = None
+        self._updates: WeightUpdates | None = None
+
+    def set_model(self, model: keras.Model) -> None:
+        """Takes off what an interrupted fit left on the model."""
+        super().set_model(model)
+        detach_leftovers(model)
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Checks, before the first step, that the model can be clustered as it was asked."""
+        self._updates, self.report = None, None
+        check_whole_executions(self)
+        check_order(self)
+        check_early_stopping(self, self.begin_epoch)
+        self._reserves_zero = self._prunes_before()
+        if self.begin_epoch >= self.params["epochs"]:
+            allowed = f"an epoch of this fit, 0 to {self.params['epochs'] - 1}"
+            raise refuse("begin_epoch", self.begin_epoch, allowed, "Train longer, or begin earlier.")
+        self.choices = choose_weights(self.model, self.layers, self.num_clusters)
+        self._chosen = [each for each in self.choices if not each.skipped and each.amount]
+        if all(each.skipped for each in self.choices):
+            raise ValueError(
+                f"{self.model.name!r} has no weights to cluster. Allowed: models with kernels that are "
+                "trained. Unfreeze a layer, or name one with layers=."
+            )
+        check_finite(self._chosen)
+        for each in self._chosen:
+            size = math.prod(each.variable.shape)
+            if each.amount > size:
+                allowed = f"at most the {size} weights of {each.variable.path}"
+                raise refuse("num_clusters", each.amount, allowed, "Leave that layer out with layers=.")
+
+    def _prunes_before(self) -> bool:
+        """Whether the same fit prunes, so that there will be a cluster of zeros."""
+        others = siblings(self)
+        places = [place for place, other in enumerate(others) if isinstance(other, PruneWeights)]
+        if places and places[-1] > others.index(self):
+            raise ValueError(
+                "ClusterWeights is listed before PruneWeights: it would share values that are then set to "
+                "zero. Allowed: PruneWeights first. Exchange the two."
+            )
+        return bool(places) and self.preserve_sparsity
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Clusters the weights in the first epoch that is not before `begin_epoch`."""
+        if self._updates is not None or not self._chosen or epoch < self.begin_epoch:
+            return
+        steps = updates_per_epoch(self) * (self.params["epochs"] - epoch)
+        every = max(int(steps / REGROUPINGS), 1)
+        with self.model.distribute_strategy.scope():
+            self._weights = [_Clustered(each, self, every, self._reserves_zero) for each in self._chosen]
+        updates = [(each.variable, each.update) for each in self._weights]
+        self._updates = WeightUpdates(self.model, updates)
+        self._updates.attach()
+        for weight in self._weights:
+            weight.optimizer = self.model.optimizer
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes `clusters`, the most different values that a clustered weight has, into the logs."""
+        if logs is not None and self._updates is not None:
+            values = [keras.ops.convert_to_numpy(each.variable.value) for each in self._chosen]
+            logs["clusters"] = float(max(len(np.unique(value)) for value in values))
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Makes the model a plain one."""
+        if self._updates is not None:
+            self._updates.detach()
+            for weight in self._weights:
+                weight.settle()
+            self._updates, self._weights = None, []
+        skipped = {each.variable.path: each.skipped for each in self.choices}
+        self.report = compression_report(self.model, skipped=skipped)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments."""
+        names = ("num_clusters", "initialization", "scope", "preserve_sparsity", "begin_epoch", "layers")
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        """The call that makes the same callback."""
+        return (
+            f"ClusterWeights({', '.join(f'{name}={value!r}' for name, value in self.get_config().items())})"
+        )
+
+
+def _own_numbers(layers: Layers) -> list[Any]:
+    return list(layers.values()) if isinstance(layers, Mapping) else []
+
+
+class _Clustered:
+    """A weight with its clusters.
+
+    Args:
+        choice: The weight and its number of clusters.
+        options: Of the callback.
+        every: Updates from one regrouping to the next.
+        reserves_zero: Whether one cluster is kept for zeros that are still to come.
+    """
+
+    def __init__(self, choice: Choice, options: ClusterWeights, every: int, reserves_zero: bool):
+        self.variable, self.number, self.every = choice.variable, choice.amount, every
+        self.optimizer: keras.optimizers.Optimizer | None = None  # outside of a step there is none
+        self.layout: Layout | None = None
+        if options.scope == "channel":
+            with contextlib.suppress(ValueError):  # no inputs, as an embedding: one group of clusters
+                self.layout = Layout(choice.layer, choice.variable)
+        values = np.asarray(self._apart(tf.convert_to_tensor(choice.variable.value)), "float32")
+        zero = (values == 0) & options.preserve_sparsity
+        centroids = _rows(
+            [
+                self._first(row[~gone], choice.amount - (reserves_zero or gone.any()), options)
+                for row, gone in zip(values, zero, strict=True)
+            ]
+        )
+        groups = nearest(tf.constant(values), tf.constant(centroids))
+        self.preserve = options.preserve_sparsity
+        self.zero = beside(zero)
+        self.latent = beside(values)
+        self.groups = beside(groups.numpy())
+        counted = tf.constant(~zero, tf.float32)
+        means = group_means(tf.constant(values), groups, counted, tf.constant(centroids))
+        self.centroids = beside(means.numpy())
+
+    @staticmethod
+    def _first(values: np.ndarray, number: int, options: ClusterWeights) -> np.ndarray:
+        if not values.size:
+            return np.zeros(1, "float32")
+        return first_centroids(values, int(number), options.initialization)
+
+    def _apart(self, values: Any) -> Any:
+        """As (channels, weights)."""
+        if self.layout is None:
+            return tf.reshape(values, [1, -1])
+        positions, inputs, outputs = self.layout.sizes
+        return tf.transpose(tf.reshape(self.layout.apart(values), [positions * inputs, outputs]))
+
+    def _together(self, values: Any) -> Any:
+        if self.layout is None:
+            return tf.reshape(values, self.variable.shape)
+        return self.layout.together(tf.reshape(tf.transpose(values), self.layout.sizes))
+
+    def update(self, value: Any) -> Any:
+        """What the weight is given behind an update: its clusters' new values."""
+        if self.optimizer is not None:
+            self._step(tf.cast(self._apart(value), tf.float32))
+        zero = tf.convert_to_tensor(self.zero.value)
+        return tf.cast(self._together(tf.where(zero, 0.0, self._values())), value.dtype)
+
+    def settle(self) -> None:
+        """Clusters what was put into the weight behind the last step, such as a moving average."""
+        values = np.array(self._apart(tf.convert_to_tensor(self.variable.value)), "float32")
+        for row in values:
+            free = row[row != 0] if self.preserve else row
+            if len(np.unique(row)) > self.number and free.size:
+                centroids = kmeans(
+                    free, first_centroids(free, self.number - (len(free) < len(row)), "density")
+                )
+                row[...] = np.where(
+                    (row == 0) & self.preserve, 0, centroids[nearest(row[None], centroids[None])[0]]
+                )
+        self.variable.assign(self._together(tf.constant(values)))
+
+    def _values(self) -> Any:
+        return tf.gather(tf.reshape(self.centroids.value, [-1]), self.groups.value)
+
+    def _step(self, updated: Any) -> None:
+        zero = tf.convert_to_tensor(self.zero.value)
+        if self.preserve:  # also what another technique has just made zero
+            zero = tf.logical_or(zero, updated == 0)
+            self.zero.assign(zero)
+        moved = tf.where(zero, 0.0, self.latent.value + updated - self._values())
+        self.latent.assign(moved)
+        done, is_update = updates_with_this_one(self.optimizer)
+
+        def regroup() -> None:
+            ordered = tf.sort(self.centroids.value, axis=1)
+            self.centroids.assign(ordered)
+            self.groups.assign(nearest(moved, ordered))
+
+        tf.cond(tf.logical_and(is_update, done % self.every == 0), regroup, lambda: None)
+        counted = tf.cast(tf.logical_not(zero), tf.float32)
+        means = group_means(moved, self.groups.value, counted, tf.convert_to_tensor(self.centroids.value))
+        self.centroids.assign(means)
+
+
+def _rows(centroids: list[np.ndarray]) -> np.ndarray:
+    """One array of them; where a channel has fewer, its last one again."""
+    most = max(map(len, centroids))
+    return np.stack([np.pad(row, (0, most - len(row)), mode="edge") for row in centroids])
