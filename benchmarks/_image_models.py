@@ -41,23 +41,10 @@ def train(name: str, data: dict[str, np.ndarray]) -> keras.Model:
     accelerator = tfaccel.Accelerator()
     with accelerator.scope():
         model = build(name)
-        model.compile(
-            keras.optimizers.AdamW(weight_decay=0.02),
-            keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1),
-            metrics=["accuracy"],
-            **accelerator.compile_options(),
-        )
-    labels = keras.utils.to_categorical(data["y_train"], 10)
-    batches = (
-        tf.data.Dataset.from_tensor_slices((data["x_train"], labels))
-        .shuffle(50_000, seed=0)
-        .batch(128, drop_remainder=True)
-        .map(_shift_and_flip, num_parallel_calls=2)
-        .prefetch(4)
-    )
+        _compile(model, accelerator)
     begun = time.monotonic()
     model.fit(
-        batches,
+        _batches(data, 0),
         epochs=EPOCHS[name],
         verbose=2,
         callbacks=[tfaccel.OneCycle(max_learning_rate=6e-3)],
@@ -67,6 +54,39 @@ def train(name: str, data: dict[str, np.ndarray]) -> keras.Model:
     )[1]
     print(f"{name}: {accuracy:.4f} on the test set after {time.monotonic() - begun:.0f} s", flush=True)
     return model
+
+
+def train_on(
+    model: keras.Model, data: dict[str, np.ndarray], seed: int, epochs: int, rate: float, callbacks: list
+) -> None:
+    """The same again for a net that is trained, with more callbacks."""
+    keras.utils.set_random_seed(seed)
+    accelerator = tfaccel.Accelerator()
+    accelerator.adopt(model)
+    with accelerator.scope():
+        _compile(model, accelerator)
+    cycle = tfaccel.OneCycle(rate, warmup=0.1)
+    model.fit(_batches(data, seed), epochs=epochs, verbose=0, callbacks=[cycle, *callbacks])
+
+
+def _compile(model: keras.Model, accelerator: tfaccel.Accelerator) -> None:
+    model.compile(
+        keras.optimizers.AdamW(weight_decay=0.02),
+        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1),
+        metrics=["accuracy"],
+        **accelerator.compile_options(),
+    )
+
+
+def _batches(data: dict[str, np.ndarray], seed: int) -> tf.data.Dataset:
+    labels = keras.utils.to_categorical(data["y_train"], 10)
+    return (
+        tf.data.Dataset.from_tensor_slices((data["x_train"], labels))
+        .shuffle(50_000, seed=seed)
+        .batch(128, drop_remainder=True)
+        .map(_shift_and_flip, num_parallel_calls=2)
+        .prefetch(4)
+    )
 
 
 def build(name: str) -> keras.Model:

@@ -17,6 +17,7 @@ from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, CompressionRow, compression_report
 from tfaccel.fit.learning_rate import OneCycle, WarmupCosine
 from tfaccel.fit.prune_weights import PruneWeights
+from tfaccel.fit.sensitivity import SensitivityReport, SensitivityRow, sensitivity
 from tfaccel.fit.sparsity_schedule import PruningSchedule
 from tfaccel.fit.throughput import Throughput
 from tfaccel.prepare.devices import Devices
@@ -41,6 +42,8 @@ __all__ = [
     "PruningSchedule",
     "Score",
     "SearchReport",
+    "SensitivityReport",
+    "SensitivityRow",
     "TFLiteFile",
     "Throughput",
     "Trial",
@@ -52,4 +55,5 @@ __all__ = [
     "launch",
     "layer_report",
     "predictor",
+    "sensitivity",
 ]

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import sys
+import zipfile
 from collections.abc import Sequence
 
 import keras
@@ -106,7 +107,7 @@ def _add_export(commands) -> None:
     command.add_argument("--allow-select-ops", action="store_true", help="take TensorFlow's own operations")
     command.add_argument("--labels", metavar="FILE.txt", help="class names, one a line, to keep in the file")
     search = command.add_argument_group("recipe auto")
-    search.add_argument("--minimize", default="size", choices=OBJECTIVES)
+    search.add_argument("--minimize", choices=OBJECTIVES, help="default: size")
     search.add_argument("--budget-s", type=float, metavar="SECONDS", help="default: no limit")
     search.add_argument("--resume-from", metavar="FILE.jsonl", help="where trials are kept")
 
@@ -252,16 +253,24 @@ def run_export(options: argparse.Namespace) -> int:
     for each in options.layer:
         if "=" not in each:
             raise refuse("--layer", each, "NAME=RECIPE", "Write e.g. --layer scores=float32.")
+    searches = {
+        "--minimize": options.minimize,
+        "--budget-s": options.budget_s,
+        "--resume-from": options.resume_from,
+    }
+    given = [name for name, value in searches.items() if value is not None]
+    if given and options.recipe != "auto":
+        raise refuse(given[0], searches[given[0]], "with --recipe auto", "Add it, or leave this out.")
     layers = dict(each.split("=", 1) for each in options.layer)
     labels = pathlib.Path(options.labels).read_text().splitlines() if options.labels else None
-    calibration = _read_samples(options.calibration) if options.calibration else None
-    evaluate = _read_samples(options.evaluate) if options.evaluate else None
     model = _load_model(options.model)
+    calibration = _read_samples(options.calibration, model) if options.calibration else None
+    evaluate = _read_samples(options.evaluate, model) if options.evaluate else None
     with terminal.ExportProgress() as progress:
         recipe = options.recipe
         if recipe == "auto":
-            limits = options.minimize, options.budget_s, options.resume_from
-            recipe = tfaccel.AutoRecipe(*limits, progress.report)
+            limits = options.budget_s, options.resume_from
+            recipe = tfaccel.AutoRecipe(options.minimize or "size", *limits, progress.report)
         file = tfaccel.export_tflite(
             model,
             options.path,
@@ -282,8 +291,8 @@ def run_export(options: argparse.Namespace) -> int:
 
 def run_compare(options: argparse.Namespace) -> int:
     """`tfaccel compare`."""
-    samples = _read_samples(options.samples)
     model = _load_model(options.model)
+    samples = _read_samples(options.samples, model)
     print(tfaccel.compare(model, options.path, samples))
     if options.layers or options.plot:
         layers = tfaccel.layer_report(model, options.path, samples)
@@ -300,6 +309,11 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def _load_model(path: str) -> keras.Model:
+    if path.endswith(".keras") and pathlib.Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is damaged: it is not a whole .keras file. Allowed: one that model.save() has written "
+            "to the end. Save or copy it again."
+        )
     try:
         with loading_keras_2():
             return keras.models.load_model(path, compile=False)
@@ -310,12 +324,18 @@ def _load_model(path: str) -> keras.Model:
         ) from error
 
 
-def _read_samples(path: str) -> tuple:
-    """`(x,)` or `(x, y)` of a `.npz` file; `x_test` and `y_test` where it has no `x`."""
+def _read_samples(path: str, model: keras.Model) -> tuple:
+    """`(x,)` or `(x, y)` of a `.npz` file; `x_test` and `y_test` where it has no `x`.
+
+    Of a model with several inputs the arrays are named as they are, beside `y`.
+    """
     arrays = read_archive(path)
     for x, y in (("x", "y"), ("x_test", "y_test")):
         if x in arrays:
             return (arrays[x], arrays[y]) if y in arrays else (arrays[x],)
+    if len(model.inputs or ()) > 1:
+        labels = arrays.pop("y", None)
+        return (arrays,) if labels is None else (arrays, labels)
     raise ValueError(
         f"{path} has {', '.join(arrays) or 'no arrays'}. Allowed: an array x (and y), or x_test (and "
         "y_test). Write it with np.savez(path, x=..., y=...)."

@@ -88,21 +88,21 @@ class Spoil(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs):
         self.model.set_weights([np.full_like(weight, epoch) for weight in self.model.get_weights()])
-        logs["val_figure"] = logs["val_accuracy"] = [0.5, 0.1, 0.9, 0.4][epoch]
+        logs["val_figure"] = logs["val_accuracy"] = logs["val_loss"] = [0.5, 0.1, 0.9, 0.4][epoch]
 
 
 @pytest.mark.parametrize(
     ("monitor", "mode", "best"),
     [
-        ("val_figure", "auto", 1),
+        ("val_figure", "min", 1),
         ("val_figure", "max", 2),
         ("val_accuracy", "auto", 2),
-        ("val_accuracy", "min", 1),
+        ("val_loss", "auto", 1),
     ],
 )
 def test_the_best_epoch_is_exported_and_the_model_keeps_its_own(small, tmp_path, monitor, mode, best):
     model = keras.Sequential([keras.Input((49,)), keras.layers.Dense(10)])
-    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     export = tfaccel.ExportTFLite(tmp_path / "m.tflite", monitor=monitor, mode=mode)
     x = small[0].reshape(-1, 49)
     model.fit(x, small[1], epochs=4, verbose=0, callbacks=[Spoil(), export])
@@ -110,6 +110,12 @@ def test_the_best_epoch_is_exported_and_the_model_keeps_its_own(small, tmp_path,
     expected = keras.models.clone_model(model)
     expected.set_weights([np.full_like(weight, best) for weight in model.get_weights()])
     assert tfaccel.compare(expected, export.file.path, x).sqnr_db > 100
+
+
+def test_a_figure_whose_direction_nobody_knows(helpers, small, tmp_path):
+    export = tfaccel.ExportTFLite(tmp_path / "m.tflite", monitor="val_figure")
+    with pytest.raises(ValueError, match=r"mode='auto'.*'min' or 'max'"):
+        helpers.compile(helpers.build()).fit(*small, epochs=4, verbose=0, callbacks=[Spoil(), export])
 
 
 def test_a_figure_that_does_not_exist_is_named_after_the_first_epoch(helpers, small, tmp_path):

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import tfaccel
 from tfaccel.export.conversion import convert_model
-from tfaccel.export.interpreter import TFLiteRunner
+from tfaccel.export.interpreter import TFLiteRunner, open_with_all_tensors
 from tfaccel.export.quantization import measure_ranges
 from tfaccel.export.rounding import _spans, best_scales, round_with_inputs
 from tfaccel.export.samples import Samples
@@ -257,3 +257,15 @@ def test_wide_layers_are_rounded_in_parts(tmp_path):
         figures.append(tfaccel.compare(model, tmp_path / "m.tflite", x).sqnr_db)
     # 64 samples of 20 dimensions leave nearly every error free to be made up for.
     assert figures[1] > figures[0] + 6
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_units_that_are_dead_leave_a_file_that_runs_without_the_delegate(tmp_path, size):
+    depthwise = [L.Conv2D(3, 3), L.ReLU(6.0), L.DepthwiseConv2D(3), L.ReLU(6.0)]
+    model = keras.Sequential([keras.Input((6, 6, 2)), *depthwise, L.Flatten(), L.Dense(2)])
+    model.layers[0].set_weights([np.full((3, 3, 2, 3), -size), np.zeros(3)])
+    x = np.random.default_rng(0).random((64, 6, 6, 2), dtype="float32") * (1 if size == 0 else -1)
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", "int8", calibration=x, max_drop=None)
+    interpreter = open_with_all_tensors(file.path.read_bytes())
+    interpreter.allocate_tensors()
+    assert tfaccel.benchmark_tflite(file.path, runs=50).arena_bytes > 0

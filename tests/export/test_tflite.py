@@ -447,7 +447,7 @@ def test_a_mirrored_model_exports(helpers, small, tmp_path):
         ({"max_drop": 5, "calibration": np.zeros((3, 7, 7, 1))}, "max_drop=5"),
         ({"calibration": np.zeros((3, 8, 8, 1))}, r"shape \(8, 8, 1\)"),
         ({"calibration": np.zeros((0, 7, 7, 1))}, "no samples"),
-        ({"calibration": np.full((3, 7, 7, 1), "a")}, "dtype"),
+        ({"calibration": np.full((3, 7, 7, 1), "a")}, "holds text"),
         ({"calibration": [np.zeros((3, 7, 7, 1))] * 2}, "2 inputs"),
         ({"calibration": (i for i in range(3))}, "is not data"),
         ({"calibration": np.zeros((3, 7, 7, 1)), "max_drop": 0.1}, "no labels"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from tfaccel.errors import refuse
 from tfaccel.export.file import TFLiteFile
 from tfaccel.export.search import AutoRecipe
+from tfaccel.export.selection import check_layers
 from tfaccel.export.tflite import (
     check_arguments,
     check_data,
@@ -19,6 +21,7 @@ from tfaccel.export.tflite import (
     export_tflite,
 )
 from tfaccel.keras_fixes.callback_siblings import changes_weights_at_end, siblings
+from tfaccel.keras_fixes.metric_direction import rises
 
 
 class ExportTFLite(keras.callbacks.Callback):
@@ -88,20 +91,22 @@ class ExportTFLite(keras.callbacks.Callback):
             raise refuse(
                 "options", self.options, f"the keys {', '.join(sorted(own))}", "Look for a typing error."
             )
-        check_arguments(
-            recipe, calibration, evaluate, max_drop, self.options.get("layers"), self.options.get("metadata")
-        )
+        names = ("layers", "metadata", "strict", "allow_select_ops")
+        own_options = {name: self.options[name] for name in names if name in self.options}
+        check_arguments(recipe, calibration, evaluate, max_drop, **own_options)
         self.file: TFLiteFile | None = None
         self._best: float | None = None
         self._best_weights: list[np.ndarray] = []
+        self._rises: bool | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks that no callback behind this one changes the weights at the end."""
         self.file = None
-        self._best, self._best_weights = None, []
+        self._best, self._best_weights, self._rises = None, [], None
         if self.model.built:
             signature = self.options.get("input_signature")
             check_data(self.model, self.calibration, self.evaluate, self.max_drop, signature)
+            check_layers(self.options.get("layers"), self.model)
         others = siblings(self)
         for other in others[others.index(self) + 1 :]:
             if changes_weights_at_end(other):
@@ -112,25 +117,29 @@ class ExportTFLite(keras.callbacks.Callback):
                 )
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Keeps the weights of the best epoch."""
+        """Keeps the weights of the best epoch; one without the figure, or where it is NaN, is none."""
         if self.monitor is None:
             return
-        if self.monitor not in (logs or {}):
-            raise refuse(
-                "monitor",
-                self.monitor,
-                ", ".join(sorted(logs or {})),
-                "Pass validation_data for a val_ figure.",
-            )
-        value = float((logs or {})[self.monitor])
-        rising = self.mode == "max" or (
-            self.mode == "auto" and any(part in self.monitor for part in ("acc", "auc", "fmeasure"))
-        )
-        if self._best is None or (value > self._best if rising else value < self._best):
+        value = float((logs or {}).get(self.monitor, math.nan))
+        # Validation may come every few epochs only; what training logs is there from the first.
+        validated = any(name.startswith("val_") for name in logs or {})
+        if self.monitor not in (logs or {}) and (validated or not self.monitor.startswith("val_")):
+            raise self._unknown_figure(logs or {})
+        if math.isnan(value):
+            return
+        if self._rises is None:
+            self._rises = rises(self.model, self.monitor) if self.mode == "auto" else self.mode == "max"
+        if self._best is None or (value > self._best if self._rises else value < self._best):
             self._best, self._best_weights = value, self.model.get_weights()
+
+    def _unknown_figure(self, logs: dict) -> ValueError:
+        allowed = ", ".join(sorted(logs)) or "a figure of the logs"
+        return refuse("monitor", self.monitor, allowed, "Pass validation_data for a val_ figure.")
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Exports."""
+        if self.monitor is not None and self._best is None:
+            raise self._unknown_figure(logs or {})
         if not self._best_weights:
             self._export()
             return

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfaccel.errors import refuse
 from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.samples import Samples, collect_samples
@@ -114,9 +115,11 @@ def compare(
     Reference:
         SQNR as a measure of quantization: Jacob et al., 2018, https://arxiv.org/abs/1712.05877.
     """
+    if not isinstance(max_samples, int) or max_samples < 1:
+        raise refuse("max_samples", max_samples, "an integer ≥ 1", "Leave it out for 1000.")
     serving = ServingFunction(model, input_signature)
     rows = collect_samples(samples, serving.specs, max_samples, argument="samples")
-    return compare_outputs(serving, TFLiteRunner(path), rows)
+    return compare_outputs(serving, TFLiteRunner(path), rows.whole_batches(serving.batch_size))
 
 
 def compare_outputs(serving: ServingFunction, runner: TFLiteRunner, samples: Samples) -> Parity:

@@ -39,7 +39,12 @@ class Converted:
 
 
 def convert_model(
-    model: keras.Model, input_signature: Any, *, fixed_ranges: bool = False, allow_select_ops: bool = False
+    model: keras.Model,
+    input_signature: Any,
+    *,
+    fixed_ranges: bool = False,
+    allow_select_ops: bool = False,
+    lengths: list[tuple[int, ...]] | None = None,
 ) -> Converted:
     """Converts in float32, whatever the model computes in; with an open batch size where that can be.
 
@@ -49,6 +54,8 @@ def convert_model(
         fixed_ranges: Whether its activations are to be quantized with ranges, which can't be measured inside
             of a loop: recurrent layers are unrolled.
         allow_select_ops: Whether operations may be TensorFlow's own where LiteRT has none.
+        lengths: The shapes of real samples, one an input: where a length stays open, the file is written with
+            this one.
 
     Raises:
         ExportError: TensorFlow's converter refuses, or a loop can't be unrolled.
@@ -59,7 +66,7 @@ def convert_model(
     with computing_in_float32(model), _unrolled(loops if fixed_ranges else []):
         if not loops or fixed_ranges:
             try:
-                return _convert(ServingFunction(model, input_signature), allow_select_ops)
+                return _convert(ServingFunction(model, input_signature), allow_select_ops, lengths)
             except ExportError as error:
                 if LOOP_OPERATION not in str(error):
                     raise
@@ -68,20 +75,20 @@ def convert_model(
                         f"A loop in {model.name!r} can't be converted to fixed ranges: they are not known "
                         "inside. Nothing was written. Take 'dynamic_int8', which measures them as it runs."
                     ) from error
-        return _convert(ServingFunction(model, input_signature, batch_size=1), allow_select_ops)
+        return _convert(ServingFunction(model, input_signature, batch_size=1), allow_select_ops, lengths)
 
 
 @contextlib.contextmanager
 def _unrolled(layers: list[keras.layers.RNN]) -> Iterator[None]:
     """The recurrent layers step without a loop in the block; not for use by two threads."""
     for layer in layers:
-        steps = ((layer.get_build_config() or {}).get("input_shape") or (None, None))[1]
+        steps = _steps(layer)
         if steps is None or steps > LONGEST_UNROLLED:
             raise ExportError(
                 f"{layer.name} can't be converted to fixed ranges: it takes {steps or 'any number of'} "
-                "steps, "
-                f"and ranges are not known inside of its loop. Allowed: up to {LONGEST_UNROLLED}, which are "
-                "unrolled. Nothing was written. Take 'dynamic_int8', which measures ranges as it runs."
+                f"steps, and ranges are not known inside of its loop. Allowed: up to {LONGEST_UNROLLED}, "
+                "which are unrolled. Nothing was written. Take 'dynamic_int8', which measures ranges as it "
+                "runs."
             )
     try:
         for layer in layers:
@@ -92,7 +99,17 @@ def _unrolled(layers: list[keras.layers.RNN]) -> Iterator[None]:
             layer.unroll = False
 
 
-def _convert(serving: ServingFunction, allow_select_ops: bool) -> Converted:
+def _steps(layer: keras.layers.RNN) -> int | None:
+    """How many steps it was built for; None is any number."""
+    built = layer.get_build_config() or {}
+    shapes = built.get("shapes_dict") or {}  # of one that is given its first state too
+    shape = built.get("input_shape") or shapes.get("sequences_shape") or shapes.get("input_shape")
+    return shape[1] if shape else None
+
+
+def _convert(
+    serving: ServingFunction, allow_select_ops: bool, lengths: list[tuple[int, ...]] | None
+) -> Converted:
     with tempfile.TemporaryDirectory() as folder:
         serving.save(folder)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
@@ -102,27 +119,32 @@ def _convert(serving: ServingFunction, allow_select_ops: bool) -> Converted:
                 tf.lite.OpsSet.TFLITE_BUILTINS,
                 tf.lite.OpsSet.SELECT_TF_OPS,
             ]
-        content = _with_open_lengths(_run_converter(converter, serving), serving.specs)
+        content = _with_open_lengths(_run_converter(converter, serving), serving, lengths)
     operations = find_operations(content, serving.scopes, serving.outputs)
     return Converted(content, operations, serving.batch_size)
 
 
-def _with_open_lengths(content: bytes, specs: list[tf.TensorSpec]) -> bytes:
-    """Lengths that stay open are 1 in the converter's file, which most layers can't take: an interpreter
+def _with_open_lengths(
+    content: bytes, serving: ServingFunction, lengths: list[tuple[int, ...]] | None
+) -> bytes:
+    """Lengths that stay open are 1 in the converter's file, which most layers can't take.
 
-    refuses it before anybody could resize its inputs. They become `OPEN_LENGTH`.
+    An interpreter refuses it before anybody could resize its inputs. They become those of the samples.
     """
-    if all(None not in spec.shape.as_list()[1:] for spec in specs):
+    if all(None not in spec.shape.as_list()[1:] for spec in serving.specs):
         return content
     from ai_edge_litert.tools import flatbuffer_utils
 
+    known = {spec.name: shape for spec, shape in zip(serving.specs, lengths or [], strict=False)}
     file = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
     graph = file.subgraphs[0]
-    for index in graph.inputs:
-        tensor = graph.tensors[index]
-        for axis, size in enumerate(tensor.shapeSignature if tensor.shapeSignature is not None else ()):
-            if size < 0 and axis > 0:
-                tensor.shape[axis] = OPEN_LENGTH
+    for signature in file.signatureDefs or []:
+        for each in signature.inputs:
+            tensor = graph.tensors[each.tensorIndex]
+            shape = known.get(each.name.decode())
+            for axis, size in enumerate(tensor.shapeSignature if tensor.shapeSignature is not None else ()):
+                if size < 0 and axis > 0:
+                    tensor.shape[axis] = OPEN_LENGTH if shape is None else shape[axis - 1]
     return bytes(flatbuffer_utils.convert_object_to_bytearray(file))
 
 
@@ -143,8 +165,7 @@ def _explain(message: str, serving: ServingFunction) -> str:
     if missing and LOOP_OPERATION not in missing:
         return (
             f"LiteRT has no operation {', '.join(missing)}, which {whose}{serving.model.name!r} needs. "
-            "Nothing "
-            "was written. Compute it before or behind the model, replace the layer, or pass "
+            "Nothing was written. Compute it before or behind the model, replace the layer, or pass "
             "allow_select_ops=True, and ship TensorFlow's operations (Flex) with the interpreter."
         )
     return f"TensorFlow's converter refused {whose}{serving.model.name!r}. Its message: {message[:500]}"

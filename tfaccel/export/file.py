@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Sized
@@ -138,18 +139,29 @@ def write_candidate(
 
 
 def write_unproven(
-    target: pathlib.Path, bench: Workbench, recipe: Recipe, metadata: dict[str, Any] | None
+    target: pathlib.Path, bench: Workbench, recipe: Recipe, metadata: dict[str, Any] | None, judged: bool
 ) -> TFLiteFile:
     """Writes a float file with TensorFlow's own operations, which can't be run here.
 
+    Args:
+        target: Where it goes.
+        bench: The model.
+        recipe: That was asked for.
+        metadata: Of the user.
+        judged: Whether the file was to be scored, or to have other recipes by layer.
+
     Raises:
-        ExportError: Another recipe was asked for.
+        ExportError: Another recipe was asked for, or figures that only a run gives.
     """
+    if judged:
+        raise ExportError(
+            "The file needs TensorFlow's operations (Flex), which no interpreter here runs, so neither "
+            "max_drop nor layers can be held. Nothing was written. Leave them out, or replace those layers."
+        )
     if recipe.weight_bits != 32:
         raise ExportError(
-            f"A {recipe.name} file with TensorFlow's operations (Flex) can't be proven: no interpreter "
-            "here runs "
-            "them. Nothing was written. Take 'float32', or replace those layers."
+            f"A {recipe.name} file with TensorFlow's operations (Flex) can't be proven: no interpreter here "
+            "runs them. Nothing was written. Take 'float32', or replace those layers."
         )
     converted = bench.converted(fixed_ranges=False)
     facts = _facts(bench, recipe, converted.batch_size, metadata) | {"parity": None, "score": None}
@@ -166,7 +178,7 @@ def _facts(
         "samples": len(bench.samples),
         "on_real_data": not bench.samples.made_up,
         "batch_size": batch_size,
-        "metadata": metadata or {},
+        "metadata": json.loads(json.dumps(metadata or {})),  # as it will be read back
         "tfaccel": packages.version("tfaccel"),
     }
 

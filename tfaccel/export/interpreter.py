@@ -78,18 +78,25 @@ class TFLiteRunner:
             arrays = dict(zip(self._inputs, arrays, strict=True))
         for name, detail in self._inputs.items():
             array = arrays[name]
+            _check_shape(name, array, detail)
             if tuple(detail["shape"]) != array.shape:
                 self._interpreter.resize_tensor_input(detail["index"], array.shape)
                 detail["shape"] = np.array(array.shape)
-        self._interpreter.allocate_tensors()
-        for name, detail in self._inputs.items():
-            self._interpreter.set_tensor(detail["index"], quantize(arrays[name], detail))
         self._fresh = False
-        self._interpreter.invoke()
-        return {
-            name: dequantize(self._interpreter.get_tensor(detail["index"]), detail)
-            for name, detail in self._outputs.items()
-        }
+        try:
+            self._interpreter.allocate_tensors()
+            for name, detail in self._inputs.items():
+                self._interpreter.set_tensor(detail["index"], quantize(arrays[name], detail))
+            self._interpreter.invoke()
+            return {
+                name: dequantize(self._interpreter.get_tensor(detail["index"]), detail)
+                for name, detail in self._outputs.items()
+            }
+        except (ValueError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ExportError(
+                f"The LiteRT interpreter can't run this file on these samples. {first}"
+            ) from error
 
     def predict(
         self, samples: Samples, names: list[str] | None = None, batch_size: int = 64
@@ -107,6 +114,19 @@ class TFLiteRunner:
     def invoke_again(self) -> None:
         """Runs on the inputs that are set already: what a latency measurement times."""
         self._interpreter.invoke()
+
+
+def _check_shape(name: str, array: np.ndarray, detail: dict[str, Any]) -> None:
+    """Raises ExportError for samples that the interpreter would take for others of another shape."""
+    wanted = [int(size) for size in detail["shape_signature"]]
+    given = array.shape[1:]
+    if len(wanted) != array.ndim or any(
+        size >= 0 and size != mine for size, mine in zip(wanted[1:], given, strict=True)
+    ):
+        raise ExportError(
+            f"The file's input {name!r} takes samples of shape {tuple(wanted[1:])} (-1 is open), not "
+            f"{given}. Is it the file of this model?"
+        )
 
 
 def _open(content: bytes, num_threads: int) -> Any:

@@ -5,12 +5,9 @@ real ranges: values beyond are cut off (with it a two-head attention model came 
 33 dB, as TensorFlow's own quantizer does). So the ranges are measured here, over all samples.
 
 Weights of four bits have one scale for each output channel. Blocks of 32 with a scale each, which the
-quantizer
-offers for dense layers, are not used: LiteRT 2.3 computes them right in its XNNPACK delegate only (its own
-kernels
-left 1 dB of a small net's output, without a word), and rounding with samples (`rounding.py`) is better than
-they
-are (26 dB against 19).
+quantizer offers for dense layers, are not used: LiteRT 2.3 computes them right in its XNNPACK delegate only
+(its own kernels left 1 dB of a small net's output, without a word), and rounding with samples (`rounding.py`)
+is better than they are (26 dB against 19).
 
 Reference: Jacob et al., 2018, https://arxiv.org/abs/1712.05877, section 3.
 """
@@ -32,6 +29,7 @@ from tfaccel.export.recipes import RECIPES, Recipe
 from tfaccel.export.samples import Samples
 
 WIDEST = 1e6  # beyond this a value is a mask or an overflow, and no eight bits hold it and the others
+NARROWEST = 1e-5  # below it limits such as ReLU6's don't fit into 32 bits
 CALIBRATION_BATCH = 16
 # Weights, by their bits: turning inputs into integers as it runs costs more than so few multiplications
 # bring.
@@ -63,6 +61,7 @@ def quantize(
     work = quantizer.Quantizer(bytearray(content))
     # What is turned into whole numbers picks rows and classes, and half a step off is another one.
     exact = {name for each in operations if each.kind == "CAST" for name in (*each.inputs, *each.outputs)}
+    shared = _shared_weights(content, operations)
     _add_rules(work, ".*", recipe)
     if recipe.needs_calibration and not recipe.integer_io:
         for side in ("INPUT", "OUTPUT"):
@@ -72,6 +71,8 @@ def quantize(
             continue
         own = (chosen or {}).get(each.outputs[0], recipe)
         if own.needs_calibration and (_too_wide(each, ranges or {}) or exact.intersection(each.outputs)):
+            own = RECIPES["float32"]
+        if own.needs_calibration and each.kind not in ROUNDED_KINDS and shared.intersection(each.inputs):
             own = RECIPES["float32"]
         if own.dynamic and (each.kind == "DEPTHWISE_CONV_2D" or each.weights < SMALL[own.weight_bits]):
             own = RECIPES["weight_only_int8"]
@@ -84,6 +85,19 @@ def quantize(
         warnings.simplefilter("ignore")  # numpy's, where a range is empty
         result = work.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
     return bytes(result.quantized_model)
+
+
+def _shared_weights(content: bytes, operations: Sequence[Operation]) -> set[str]:
+    """Constants that operations of several kinds read, such as an embedding that is also the last layer.
+
+    A product wants a scale for each channel of them, a lookup one for all, and the file has room for one.
+    """
+    kinds: dict[str, set[str]] = {}
+    for each in operations:
+        for name in each.inputs:
+            kinds.setdefault(name, set()).add(each.kind)
+    several = {name for name, mine in kinds.items() if len(mine) > 1}
+    return several & constant_names(content) if several else set()
 
 
 def _add_rules(work: Any, scope: str, recipe: Recipe) -> None:
@@ -163,7 +177,20 @@ def measure_ranges(content: bytes, names: list[str], samples: Samples, batch_siz
         for detail in interpreter.get_tensor_details():
             if detail["name"] not in constants:
                 _widen(ranges, interpreter, detail)
+    for known in ranges.values():
+        _give_room(known)
     return ranges
+
+
+def _give_room(known: dict[str, np.ndarray]) -> None:
+    """A range that is a scale: what is always zero here, such as a dead unit, gets one up to 1.
+
+    With a scale of next to nothing the limits of an activation behind it overflow, and LiteRT's own kernels
+    refuse the file ("no_integer_overflow_from_quantization") that its XNNPACK delegate runs.
+    """
+    reach = max(-known["min"].min(), known["max"].max())
+    if reach < NARROWEST:
+        known["max"] = np.full_like(known["max"], NARROWEST if reach > 0 else 1.0)
 
 
 def _widen(ranges: Ranges, interpreter: Any, detail: dict[str, Any]) -> None:

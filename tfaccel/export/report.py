@@ -146,6 +146,14 @@ def report_layers(bench: Workbench, content: bytes, fixed_ranges: bool) -> Layer
             "The file's inputs have other names than the model's. Is it the file of this model?"
         )
     sqnr_db = _sqnr_by_tensor(bench, float_file.content, content, samples, float_file.batch_size)
+    weighty = [each for each in float_file.operations if each.layer is not None and each.weights > 1]
+    missing = [each for each in weighty if not any(name in sqnr_db for name in each.outputs)]
+    if missing and 2 * len(missing) >= len(weighty):
+        lost = ", ".join(dict.fromkeys(each.layer.name for each in missing if each.layer is not None))
+        raise ExportError(
+            f"The file has no tensors of the names and shapes that {lost} make. Is it the file of this "
+            "model, and not of one with other layers' names?"
+        )
     rows: dict[str, list[tuple[Operation, float, float]]] = {}
     for each in float_file.operations:
         behind = [sqnr_db[name] for name in each.outputs if name in sqnr_db]

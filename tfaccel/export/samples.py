@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -58,8 +59,7 @@ class Samples:
         if rows == 0:
             raise ValueError(
                 f"There are {len(self)} samples, and the model takes {batch_size} at once. Allowed: at "
-                "least one "
-                "batch. Pass more."
+                "least one batch. Pass more."
             )
         return self.first(rows)
 
@@ -104,6 +104,14 @@ def collect_samples(data: Any, specs: list[tf.TensorSpec], limit: int | None, *,
             f"{argument} holds no samples. Allowed: at least one. Some hundred real ones are usual; "
             "check the dataset, or that a generator was not read before."
         )
+    for column, spec in zip(zip(*inputs, strict=True), specs, strict=True):
+        lengths = sorted({array.shape[1:] for array in column})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"{argument} has samples of several shapes for {spec.name!r}: {lengths[0]} to {lengths[-1]}. "
+                "Allowed: one shape. Pad all to one length (keras.utils.pad_sequences, or padded_batch with "
+                "padded_shapes)."
+            )
     merged = tuple(
         np.concatenate(column)[:limit].astype(spec.dtype.as_numpy_dtype, copy=False)
         for column, spec in zip(zip(*inputs, strict=True), specs, strict=True)
@@ -133,9 +141,13 @@ def _batches(data: Any, specs: list[tf.TensorSpec], limit: int | None) -> Iterat
                 "The dataset has no end, and all of it would be scored. Allowed: a finite one. Use "
                 "dataset.take(batches)."
             )
-        spec = keras.tree.flatten(data.element_spec)[0]
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data.element_spec)
+        given = _by_name(x, specs, "The dataset")
         # A single sample has one axis less than the model's input, which has the batch axis.
-        single = spec.shape.rank is not None and spec.shape.rank == specs[0].shape.rank - 1
+        single = len(given) == len(specs) and all(
+            mine.shape.rank is not None and mine.shape.rank == spec.shape.rank - 1
+            for mine, spec in zip(given, specs, strict=True)
+        )
         yield from (data.batch(64) if single else data).as_numpy_iterator()
     elif isinstance(data, keras.utils.PyDataset):
         yield from _batches_of(data, limit)
@@ -143,6 +155,7 @@ def _batches(data: Any, specs: list[tf.TensorSpec], limit: int | None) -> Iterat
         # A list is several inputs; only a tuple is (x, y).
         x, y, _ = keras.utils.unpack_x_y_sample_weight(data if isinstance(data, tuple) else (data,))
         rows = spread_indices(len(keras.tree.flatten(x)[0]), limit)
+        y = np.asarray(y) if isinstance(y, list) and y and not hasattr(y[0], "__len__") else y
         yield keras.tree.map_structure(lambda array: np.asarray(array)[rows], (x, y), none_is_leaf=False)
     else:
         raise ValueError(
@@ -168,7 +181,7 @@ def _by_name(x: Any, specs: list[tf.TensorSpec], argument: str) -> list[Any]:
         return keras.tree.flatten(x)
     named = {clean_name(name): array for name, array in x.items()}
     names = [spec.name for spec in specs]
-    if set(named) != set(names):
+    if not set(names) <= set(named):  # Keras ignores what it doesn't know
         raise ValueError(
             f"{argument} has inputs named {sorted(x)}, the model {sorted(names)}. Allowed: the model's "
             "names. Rename the keys."
@@ -179,6 +192,8 @@ def _by_name(x: Any, specs: list[tf.TensorSpec], argument: str) -> list[Any]:
 def clean_name(name: str) -> str:
     """A name that a SavedModel argument may have."""
     cleaned = re.sub(r"\W", "_", name).lstrip("_")
+    if keyword.iskeyword(cleaned) or cleaned == "self":
+        return f"{cleaned}_"
     return cleaned if cleaned and not cleaned[0].isdigit() else f"input_{cleaned}"
 
 
@@ -194,6 +209,11 @@ def _check_batch(arrays: tuple[np.ndarray, ...], specs: list[tf.TensorSpec], arg
                 f"{argument} has samples of shape {array.shape[1:]}, the model's input "
                 f"{spec.name!r} takes {tuple(spec.shape[1:])}. Allowed: that shape behind a sample "
                 "axis. Reshape or resize as the training data was."
+            )
+        if array.dtype.kind in "USO":
+            raise ValueError(
+                f"{argument} holds text for the input {spec.name!r}, which a TFLite file can't look up. "
+                "Allowed: numbers. Export the model behind the layer that looks words up, and look up before."
             )
         if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
             raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +78,13 @@ class Scorer:
 
     def _score(self, predict: Predict) -> float:
         if self.samples is None:
-            return float(self._function(_for_user(predict, self._serving)))
+            score = self._function(_for_user(predict, self._serving))
+            if not isinstance(score, numbers.Real) or not math.isfinite(score):
+                raise ValueError(
+                    f"evaluate returned {score!r}. Allowed: a finite number, higher is better. It is given "
+                    "predict, which takes arrays and gives the outputs; return float(score)."
+                )
+            return float(score)
         return accuracy(self._labels, list(predict(self.samples).values()))
 
 
@@ -109,8 +117,12 @@ def _for_user(predict: Predict, serving: ServingFunction) -> Callable:
 
     def predict_arrays(x: Any) -> Any:
         samples = collect_samples(x, serving.specs, None, argument="predict's argument")
-        outputs = list(predict(samples).values())
-        return outputs[0] if len(outputs) == 1 else outputs
+        if serving.batch_size is not None and len(samples) % serving.batch_size:
+            raise ValueError(
+                f"predict was given {len(samples)} samples, and the model takes {serving.batch_size} at "
+                f"once. Allowed: multiples of {serving.batch_size}. Leave the rest out in evaluate."
+            )
+        return serving.in_structure(predict(samples))
 
     return predict_arrays
 
@@ -127,6 +139,15 @@ def accuracy(labels: np.ndarray, outputs: list[np.ndarray]) -> float:
             f"Accuracy does not apply to outputs of shape {shapes}. Allowed: one output with a score "
             "per class. Pass evaluate=function, which is given predict and returns a score."
         )
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        labels = labels.argmax(-1)
-    return float(np.mean(outputs[0].argmax(-1) == labels.reshape(-1)))
+    rows, classes = outputs[0].shape
+    of_class = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.shape == (rows, classes) and (np.abs(labels.sum(1) - 1) < 1e-3).all() and labels.min() >= 0:
+        of_class = labels.argmax(-1)
+    whole = of_class.shape == (rows,) and (of_class == np.round(of_class)).all()
+    if not whole or of_class.min() < 0 or of_class.max() >= classes:
+        raise ValueError(
+            f"Labels of shape {labels.shape}, {labels.min():g} to {labels.max():g}, are not classes of "
+            f"{rows} samples with {classes} scores each. Allowed: a class index, 0 to {classes - 1}, or a "
+            "one-hot row for each. Pass evaluate=function for another score."
+        )
+    return float(np.mean(outputs[0].argmax(-1) == of_class))

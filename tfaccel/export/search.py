@@ -1,10 +1,8 @@
 """`recipe="auto"`: the smallest or the fastest file whose score holds, found by measuring.
 
 Whole-file recipes come first. Where the cheapest of them loses too much, each layer's share in that is
-measured
-(the file with only this layer in the cheap recipe), and as many layers as the score allows keep it, those
-with
-the least noise for what they save first. Every candidate is run in the real interpreter.
+measured (the file with only this layer in the cheap recipe), and as many layers as the score allows keep it,
+those with the least noise for what they save first. Every candidate is run in the real interpreter.
 
 Reference: mixed precision by layer sensitivity, Dong et al., 2019, "HAWQ", https://arxiv.org/abs/1905.03696,
 with measured noise in the place of curvature.
@@ -13,7 +11,9 @@ with measured noise in the place of curvature.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -67,6 +67,9 @@ class SearchReport:
         lines = [f"   {'bytes':>11}  {'ms':>7}  {'drop':>8}  SQNR dB  recipe"]
         for trial in sorted(self.trials, key=lambda each: each.size_bytes):
             mark = "→" if trial == self.chosen else " "
+            if trial.problem:
+                lines.append(f"   {'none':>11}  {trial.title}: {trial.problem}")
+                continue
             star = "*" if trial in front else " "
             lines.append(
                 f"{mark}{star} {trial.size_bytes:>11,}  {trial.latency_ms:>7.3f}  {trial.drop:>8.4f}  "
@@ -82,8 +85,7 @@ class AutoRecipe:
     Args:
         minimize: `"size"` (default) or `"latency"` of one sample on one thread.
         budget_s: Seconds after which no mix of recipes is tried any more; whole files always are. Default
-        None,
-            no limit.
+            None, no limit.
         resume_from: A file in which trials are kept; a search that was cut off goes on from it.
         report: A function that is told of each trial: `report(minimize, trial)`.
 
@@ -106,6 +108,9 @@ class AutoRecipe:
             raise refuse("minimize", self.minimize, " or ".join(map(repr, OBJECTIVES)), "Start with 'size'.")
         if self.budget_s is not None and not self.budget_s > 0:
             raise refuse("budget_s", self.budget_s, "seconds above 0, or None for no limit", "Try 120.")
+        log = None if self.resume_from is None else pathlib.Path(self.resume_from)
+        if log is not None and (log.is_dir() or not log.parent.is_dir()):
+            raise refuse("resume_from", str(log), "a file in a folder that exists", "Make the folder first.")
 
 
 class Search:
@@ -130,28 +135,32 @@ class Search:
         """The best file.
 
         Raises:
-            ExportError: Not even a float32 file holds the score.
+            ExportError: Not even a float32 file holds the score, or there is none.
         """
         names = [
             name for name in WHOLE if not (RECIPES[name].needs_calibration and self._bench.samples.made_up)
         ]
         for name in names:
             self._try(name, {})
-        cheap = [trial for trial in self.trials if trial.recipe in SPARED]
+        cheap = [trial for trial in self.trials if trial.recipe in SPARED and not trial.problem]
         for trial in sorted(cheap, key=self._cost):
             best = self._best()
             if best is not None and self._cost(best) <= self._cost(trial):
                 break  # nothing that is cheaper is left to be mended
             self._mend(trial.recipe)
-        chosen = self._best()
-        if chosen is None:
-            raise ExportError(
-                f"No file holds the score within max_drop={self._max_drop}; the nearest falls by "
-                f"{min((trial.drop for trial in self.trials), default=float('nan')):.4f}. Nothing was "
-                "written."
-            )
-        candidate = self._measure(chosen.recipe, dict(chosen.layers))
-        return candidate, SearchReport(tuple(self.trials), chosen, self._minimize, self._max_drop)
+        while (chosen := self._best()) is not None:
+            candidate = self._measure(chosen.recipe, dict(chosen.layers))
+            if candidate.score is None or candidate.score.drop <= self._max_drop:
+                found = SearchReport(tuple(self.trials), chosen, self._minimize, self._max_drop)
+                return candidate, found
+            self.trials.remove(chosen)  # of a log, and not so any more
+        usable = [trial for trial in self.trials if not trial.problem]
+        if not usable:
+            raise ExportError(f"No recipe gave a file. Nothing was written. {self.trials[0].problem}")
+        raise ExportError(
+            f"No file holds the score within max_drop={self._max_drop}; the nearest falls by "
+            f"{min(trial.drop for trial in usable):.4f}. Nothing was written."
+        )
 
     def _mend(self, recipe: str) -> None:
         """As many layers as the score allows keep the cheap recipe; the others are spared."""
@@ -173,8 +182,12 @@ class Search:
             if self._is_over():
                 return
             others = dict.fromkeys([other for other in weights if other != name], spared)
-            content = self._build(recipe, others)
-            sqnr_db = self._bench.parity(TFLiteRunner(content), SENSITIVITY_SAMPLES).sqnr_db
+            try:
+                runner = TFLiteRunner(self._build(recipe, others))
+            except ExportError:
+                yield name, math.inf
+                continue
+            sqnr_db = self._bench.parity(runner, SENSITIVITY_SAMPLES).sqnr_db
             yield name, 10 ** (-sqnr_db / 10) / weights[name]
 
     def _try(self, recipe: str, layers: dict[str, str]) -> Trial:
@@ -187,12 +200,16 @@ class Search:
         return known
 
     def _trial(self, recipe: str, layers: dict[str, str]) -> Trial:
-        candidate = self._measure(recipe, layers)
+        mix = tuple(sorted(layers.items()))
+        try:
+            candidate = self._measure(recipe, layers)
+        except ExportError as error:
+            return Trial(recipe, mix, 0, 0.0, 0.0, math.inf, 0.0, str(error).split("Nothing was written")[0])
         runner = TFLiteRunner(candidate.content)
         score = candidate.score
         return Trial(
             recipe,
-            tuple(sorted(layers.items())),
+            mix,
             len(candidate.content),
             time_runner(runner, TIMED_RUNS).median_ms,
             score.file if score else 0.0,
@@ -203,7 +220,7 @@ class Search:
     def _build(self, recipe: str, layers: dict[str, str]) -> bytes:
         chosen = RECIPES[recipe]
         operations = self._bench.converted(chosen.needs_calibration).operations
-        return self._bench.build(chosen, recipes_by_operation(layers, operations))
+        return self._bench.build(chosen, recipes_by_operation(layers, operations, self._bench.model))
 
     def _measure(self, recipe: str, layers: dict[str, str]) -> Candidate:
         candidate = self._bench.measure(RECIPES[recipe], self._build(recipe, layers))
@@ -213,7 +230,7 @@ class Search:
         return min((trial for trial in self.trials if self._holds(trial)), key=self._cost, default=None)
 
     def _holds(self, trial: Trial) -> bool:
-        return trial.drop <= self._max_drop
+        return not trial.problem and trial.drop <= self._max_drop
 
     def _cost(self, trial: Trial) -> float:
         return trial.size_bytes if self._minimize == "size" else trial.latency_ms

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import keras
+
 from tfaccel.errors import refuse
 from tfaccel.export.operations import Operation
 from tfaccel.export.recipes import Recipe, find_recipe
+from tfaccel.keras_fixes.inner_layers import inner_layers
 from tfaccel.selection import Selector, check_selector, matches
 
 
@@ -37,10 +40,19 @@ def check_selection(layers: Mapping[Selector, str] | None, base: Recipe) -> None
             )
 
 
+def check_layers(layers: Mapping[Selector, Any] | None, model: keras.Model) -> None:
+    """Raises ValueError for a rule that no layer of the model matches."""
+    for selector in layers or {}:
+        _matching(selector, model)
+
+
 def recipes_by_operation(
-    layers: Mapping[Any, str] | None, operations: Iterable[Operation]
+    layers: Mapping[Any, str] | None, operations: Iterable[Operation], model: keras.Model
 ) -> dict[str, Recipe]:
     """The recipes of single operations, by the first tensor that they make; a later rule wins.
+
+    A rule for a layer of layers (attention, a bidirectional layer, a model in the model) is one for all that
+    is inside.
 
     Raises:
         ValueError: A rule matches no layer that computes anything in the file.
@@ -48,7 +60,8 @@ def recipes_by_operation(
     chosen: dict[str, Recipe] = {}
     mine = [(each.layer, each) for each in operations if each.layer is not None and each.outputs]
     for selector, name in (layers or {}).items():
-        matching = [each for layer, each in mine if matches(selector, layer)]
+        inside = _matching(selector, model)
+        matching = [each for layer, each in mine if id(layer) in inside]
         if not matching:
             names = sorted({layer.name for layer, _ in mine})
             raise refuse(
@@ -56,3 +69,15 @@ def recipes_by_operation(
             )
         chosen.update((each.outputs[0], find_recipe(name)) for each in matching)
     return chosen
+
+
+def _matching(selector: Selector, model: keras.Model) -> set[int]:
+    """The layers that match, and those inside of them, by identity."""
+    outer = [each for each in inner_layers(model) if each is not model]
+    found = [each for each in outer if matches(selector, each)]
+    if not found:
+        names = sorted({each.name for each in outer if not isinstance(each, keras.layers.InputLayer)})
+        raise refuse(
+            "layers", selector, f"what matches one of {', '.join(names)}", "Look at model.summary()."
+        )
+    return {id(inner) for each in found for inner in inner_layers(each)}

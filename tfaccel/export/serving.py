@@ -40,6 +40,7 @@ class ServingFunction:
                 "train it, first."
             )
         self.model = model
+        self._signature = input_signature
         self.structure = input_signature if input_signature is not None else _inputs_of(model)
         self.states = _states_of(model)
         if self.states:  # one row of them for each sample
@@ -48,18 +49,80 @@ class ServingFunction:
         self.specs = _name_inputs(self.structure, batch_size)
         self.scopes = Scopes()
         self.outputs: dict[str, Any] = {}
+        self._output_structure: Any = None
+        self._same: list[str] = []  # outputs that are one tensor
         self._concrete: Any = None
 
     def call(self, *flat: tf.Tensor) -> dict[str, tf.Tensor]:
         """The model's outputs by name, at inference."""
         outputs = self.model(keras.tree.pack_sequence_as(self.structure, list(flat)), training=False)
-        return _name_outputs(outputs)
+        self._output_structure = keras.tree.map_structure(lambda _: 0, outputs)
+        named = _name_outputs(outputs)
+        tensors = [id(tensor) for tensor in named.values()]
+        self._same = [name for name, tensor in named.items() if tensors.count(id(tensor)) > 1]
+        return named
+
+    def in_structure(self, outputs: dict[str, np.ndarray]) -> Any:
+        """Outputs by name as the model itself gives them: one array, a list, a dict."""
+        return keras.tree.pack_sequence_as(self._output_structure, list(outputs.values()))
+
+    def trace(self) -> None:
+        """Makes the function that `predict` calls, if it isn't there yet.
+
+        Raises:
+            ValueError: The model can't be called with the signature that was given.
+            ExportError: It keeps something from call to call that a file would not.
+        """
+        if self._concrete is not None:
+            return
+        function = tf.function(self.call, input_signature=self.specs)
+        try:
+            concrete = function.get_concrete_function()
+        except (TypeError, ValueError) as error:
+            if self._signature is None:
+                raise
+            last = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(
+                f"{self.model.name!r} can't be called with input_signature={self._signature!r}: {last} "
+                "Allowed: a tf.TensorSpec for each input, batch axis included, nested as call() takes them. "
+                'Pass e.g. [tf.TensorSpec([None, 28, 28, 1], "float32")].'
+            ) from error
+        self._check_that_nothing_is_kept(concrete)
+        self._concrete = concrete
+
+    def check_outputs_are_several(self) -> None:
+        """Raises ValueError where one tensor is given back twice: a quantized file would lose one of them."""
+        self.trace()
+        if self._same:
+            raise ValueError(
+                f"The outputs {' and '.join(self._same)} are one tensor, which a quantized file can't hold. "
+                "Allowed: each tensor once, or 'float32'. Give it back once, and use it twice behind the "
+                "file."
+            )
+
+    def _check_that_nothing_is_kept(self, concrete: Any) -> None:
+        inside = {id(inner): outer for outer, inner in concrete.graph.captures}
+        assigned = {
+            id(inside.get(id(operation.inputs[0])))
+            for operation in concrete.graph.get_operations()
+            if operation.type.startswith("Assign") and operation.type.endswith("VariableOp")
+        }
+        known = {id(state) for state in self.states}
+        kept = [
+            each.path
+            for each in self.model.non_trainable_variables
+            if id(each) not in known and id(getattr(each.value, "handle", None)) in assigned
+        ]
+        if kept:
+            raise ExportError(
+                f"{self.model.name!r} changes {', '.join(kept)} when it is called at inference, which a file "
+                "would not. Nothing was written. Allowed: the states of recurrent layers. Change it in "
+                "training only, or make it an input and an output."
+            )
 
     def predict(self, samples: Samples, batch_size: int = 64) -> dict[str, np.ndarray]:
         """The model's outputs for all rows, by name, as float32 or integers; states begin at zero."""
-        if self._concrete is None:
-            function = tf.function(self.call, input_signature=self.specs)
-            self._concrete = function.get_concrete_function()
+        self.trace()
         kept = [keras.ops.convert_to_numpy(state) for state in self.states]
         try:
             for state in self.states:
@@ -135,6 +198,11 @@ def _inputs_of(model: keras.Model) -> Any:
 
 def _name_inputs(structure: Any, batch_size: int | None) -> list[tf.TensorSpec]:
     leaves = keras.tree.flatten(structure)
+    if not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
+        raise ValueError(
+            f"input_signature={structure!r} does not tell the inputs. Allowed: nested tf.TensorSpec, with "
+            'the batch axis. Pass e.g. [tf.TensorSpec([None, 28, 28, 1], "float32")].'
+        )
     names = [getattr(leaf, "name", None) or f"input_{i}" for i, leaf in enumerate(leaves)]
     if isinstance(structure, dict) and len(structure) == len(leaves):
         names = sorted(structure)  # the order in which keras.tree flattens a dict

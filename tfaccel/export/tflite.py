@@ -1,7 +1,7 @@
 """`export_tflite`: converts, quantizes, runs the result, compares it, and only then gives the path back.
 
 Cost: one conversion (a second for a small model), one run of the samples through model and file, and for
-recipes with fixed ranges one more through the float file.
+integer recipes with samples one or two more through the float file, and seconds of rounding.
 
 Reference: Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", https://arxiv.org/abs/1712.05877.
@@ -10,6 +10,7 @@ Integer-Arithmetic-Only Inference", https://arxiv.org/abs/1712.05877.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from tfaccel.export.report import report_layers
 from tfaccel.export.samples import Samples, collect_samples, make_up_samples
 from tfaccel.export.scoring import Scorer, accuracy, is_function, labels_of, scoring_data
 from tfaccel.export.search import AutoRecipe, Search
-from tfaccel.export.selection import Selector, check_selection, recipes_by_operation
+from tfaccel.export.selection import Selector, check_layers, check_selection, recipes_by_operation
 from tfaccel.export.serving import ServingFunction
 from tfaccel.export.workbench import Candidate, Workbench
 from tfaccel.keras_fixes.half_precision import computes_in_half_precision
@@ -63,23 +64,24 @@ def export_tflite(
         model: A built `keras.Model`: Sequential, Functional or subclassed.
         path: Where the file goes; its folder must exist.
         recipe: `"float32"`, `"float16"`, `"weight_only_int8"`, `"dynamic_int8"`, `"int4_weights"`, `"int8"`,
-            `"int8_integer_io"` or `"int16x8"`; see `tfaccel.export.recipes`. `"auto"` measures them, and
-            mixes
-            of them by layer, and takes the smallest or fastest whose score falls by no more than `max_drop`;
-            what it tried is in the result's `search`. An `AutoRecipe` says what to look for, and how long.
+            `"int8_integer_io"` or `"int16x8"`; see `tfaccel.export.recipes`. `"auto"` measures them,
+            and mixes of them by layer, and takes the smallest or fastest whose score falls by no more than
+            `max_drop`; what it tried is in the result's `search`. An `AutoRecipe` says what to look for.
         calibration: Real samples: arrays, `(x, y)`, a `tf.data.Dataset` (of batches or samples, with
             or without labels) or a `keras.utils.PyDataset`. Fixed ranges (`"int8"` and the like) need
-            them, up to 500 are used; the other recipes are compared on them.
+            them; of the other integer recipes they decide how weights are rounded, and all are compared on
+            them. Up to 500 are used: of arrays and a `PyDataset` from all over, of a dataset the first.
         evaluate: What `max_drop` is measured on: labelled data `(x, y)`, a dataset of `(x, y)`, or a
-            function that is given `predict` (arrays to outputs) and returns a score, higher is
-            better. Labelled data of a classifier is scored by accuracy, 0..1. Default: the labels of
-            `calibration`, where it has some and `max_drop` is given.
+            function that is given `predict` (arrays to outputs, nested as the model's) and returns a score,
+            higher is better. Labelled data of a classifier is scored by accuracy, 0..1. Default: the labels
+            of `calibration`, where it has some and `max_drop` is given.
         max_drop: How much lower than the model's the file's score may be, e.g. 0.005. Default: the file is
             judged by its SQNR, at least the recipe's `min_sqnr_db`.
         layers: Another recipe for some layers, by name, class, or a function of the layer:
-            `{"scores": "float32", keras.layers.DepthwiseConv2D: "dynamic_int8"}`. A later rule wins.
-        strict: Refuses a file of an integer recipe in which anything computes in floats. Default: the
-            result's `float_operations` name it.
+            `{"scores": "float32", keras.layers.DepthwiseConv2D: "dynamic_int8"}`. A rule for a layer of
+            layers, such as attention, is one for all inside. A later rule wins.
+        strict: Refuses a file of a recipe with fixed ranges in which anything computes in floats. Default:
+            the result's `float_operations` name it.
         allow_select_ops: Takes TensorFlow's own operations where LiteRT has none. Such a file runs only in an
             interpreter with the Flex delegate, which no Python package has: it is written unproven, and its
             `parity` is None. `"float32"` only. Default False.
@@ -107,7 +109,16 @@ def export_tflite(
         Jacob et al., 2018, https://arxiv.org/abs/1712.05877, section 2.
     """
     target = check_path(path)
-    check_arguments(recipe, calibration, evaluate, max_drop, layers, metadata)
+    check_arguments(
+        recipe,
+        calibration,
+        evaluate,
+        max_drop,
+        layers=layers,
+        metadata=metadata,
+        strict=strict,
+        allow_select_ops=allow_select_ops,
+    )
     if recipe == "auto" or isinstance(recipe, AutoRecipe):
         options = recipe if isinstance(recipe, AutoRecipe) else AutoRecipe()
         ranged = RECIPES["int8" if calibration is not None else "dynamic_int8"]
@@ -116,10 +127,11 @@ def export_tflite(
         return write_candidate(target, candidate, bench, metadata, searched)
     chosen = find_recipe(recipe)
     bench = make_bench(model, chosen, calibration, evaluate, max_drop, input_signature, allow_select_ops)
+    check_layers(layers, model)
     operations = bench.converted(chosen.needs_calibration).operations
     if any(each.kind.startswith("Flex") for each in operations):
-        return write_unproven(target, bench, chosen, metadata)
-    by_operation = recipes_by_operation(layers, operations)
+        return write_unproven(target, bench, chosen, metadata, judged=max_drop is not None or bool(layers))
+    by_operation = recipes_by_operation(layers, operations, model)
     candidate = bench.measure(chosen, bench.build(chosen, by_operation))
     own = {
         each.layer.name: by_operation[each.outputs[0]].name
@@ -142,6 +154,9 @@ def make_bench(
 ) -> Workbench:
     """The model with its data, once all of it is known to be usable."""
     serving = ServingFunction(model, input_signature)
+    serving.trace()
+    if recipe.weight_bits < 32:
+        serving.check_outputs_are_several()
     samples = _samples(serving, calibration).whole_batches(serving.batch_size)
     scorer = None
     if evaluate is not None or max_drop is not None:
@@ -149,7 +164,7 @@ def make_bench(
     if not samples.made_up:
         check_values(samples, "calibration")
         if recipe.needs_calibration:
-            check_for_ranges(serving, samples, scorer.samples if scorer else None)
+            check_for_ranges(serving, samples, scorer.samples if scorer and evaluate is not None else None)
     return Workbench(model, serving, samples, scorer, input_signature, allow_select_ops)
 
 
@@ -181,31 +196,48 @@ def check_arguments(
     calibration: Any,
     evaluate: Any,
     max_drop: float | None,
+    *,
     layers: Mapping[Selector, str] | None = None,
     metadata: dict[str, Any] | None = None,
+    strict: bool = False,
+    allow_select_ops: bool = False,
 ) -> None:
     """Raises ValueError for arguments that contradict one another."""
     check_metadata(metadata)
-    if name == "auto" or isinstance(name, AutoRecipe):
-        if layers:
-            raise refuse("layers", layers, "a recipe that does not choose by layer itself", "Leave it out.")
+    searched = isinstance(name, AutoRecipe) or name == "auto"
+    recipe = RECIPES["dynamic_int8"] if isinstance(name, AutoRecipe) or searched else find_recipe(name)
+    if searched:
+        for argument, given in (
+            ("layers", layers),
+            ("strict", strict),
+            ("allow_select_ops", allow_select_ops),
+        ):
+            if given:
+                raise refuse(argument, given, "a recipe by name with it; 'auto' tries many", "Leave it out.")
         if max_drop is None:
             raise ValueError(
                 "recipe='auto' needs max_drop, which was not given. Allowed: a fraction, 0..1. Pass "
                 "evaluate=(x_test, y_test), max_drop=0.005 for half a percentage point."
             )
-        recipe = RECIPES["dynamic_int8"]
     else:
-        recipe = find_recipe(name)
         check_selection(layers, recipe)
+    if strict and not recipe.needs_calibration:
+        fixed = ", ".join(repr(each.name) for each in RECIPES.values() if each.needs_calibration)
+        raise refuse(
+            "strict", strict, f"it with {fixed}", f"{recipe.name!r} computes in floats by its nature."
+        )
     if recipe.needs_calibration and calibration is None:
         raise ValueError(
             f"recipe={recipe.name!r} needs calibration data, which was not given. Allowed: arrays, a "
             "dataset. Pass calibration=x_train, or take 'dynamic_int8', which needs none."
         )
-    if max_drop is None:
-        return
-    if not 0 <= max_drop <= 1:
+    if max_drop is not None:
+        _check_max_drop(max_drop, evaluate, calibration)
+
+
+def _check_max_drop(max_drop: float, evaluate: Any, calibration: Any) -> None:
+    # A function of the user's may score on any scale; accuracy is a fraction.
+    if not 0 <= max_drop <= (math.inf if is_function(evaluate) else 1):
         raise ValueError(
             f"max_drop={max_drop!r} is not usable. Allowed: a fraction, 0..1. Half a percentage point "
             "is 0.005."
@@ -220,17 +252,18 @@ def check_arguments(
 def check_data(
     model: keras.Model, calibration: Any, evaluate: Any, max_drop: float | None, input_signature: Any
 ) -> None:
-    """Looks at one row of the data, so that what can't be used is known before a training.
+    """Looks at the data, so that what can't be used is known before a training.
 
     Raises:
         ValueError: Data of another shape, without labels, or outputs that have no accuracy.
     """
     serving = ServingFunction(model, input_signature)
     if calibration is not None:
-        collect_samples(calibration, serving.specs, 1, argument="calibration")
+        samples = collect_samples(calibration, serving.specs, CALIBRATION_SAMPLES, argument="calibration")
+        check_values(samples, "calibration")
     if (evaluate is not None or max_drop is not None) and not is_function(evaluate):
         data, argument = scoring_data(evaluate, calibration)
-        samples = collect_samples(data, serving.specs, serving.batch_size or 1, argument=argument)
+        samples = collect_samples(data, serving.specs, serving.batch_size or 64, argument=argument)
         rows = samples.whole_batches(serving.batch_size)
         accuracy(labels_of(rows, argument), list(serving.predict(rows).values()))
 
@@ -251,8 +284,7 @@ def check_candidate(candidate: Candidate, bench: Workbench, max_drop: float | No
     if strict and candidate.float_operations:
         raise ExportError(
             f"The {recipe.name} file still computes in floats: {', '.join(candidate.float_operations)}. "
-            "Nothing "
-            "was written. Leave strict=True out, or replace those layers."
+            "Nothing was written. Leave strict=True out, or replace those layers."
         )
     problem = find_problem(candidate, max_drop, computes_in_half_precision(bench.model))
     if problem:
@@ -294,6 +326,5 @@ def _culprits(candidate: Candidate, bench: Workbench) -> str:
     first = worst[0].layer
     return (
         f"Most is lost at {named}. Give such layers another recipe, as layers={{{first!r}: 'float32'}}, or "
-        "take "
-        "'dynamic_int8' or 'float16', or more calibration data."
+        "take 'dynamic_int8' or 'float16', or more calibration data."
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata as packages
 import json
 import os
 import pathlib
 
 import keras
+import numpy as np
 
 from tfaccel.errors import refuse
 from tfaccel.export.workbench import Workbench
@@ -26,6 +28,7 @@ class Trial:
         score: On the labelled data, higher is better.
         drop: How much lower that is than the model's.
         sqnr_db: Against the model's outputs.
+        problem: Why there is no such file, or an empty text; then the other figures mean nothing.
     """
 
     recipe: str
@@ -35,6 +38,7 @@ class Trial:
     score: float
     drop: float
     sqnr_db: float
+    problem: str = ""
 
     @property
     def title(self) -> str:
@@ -44,6 +48,8 @@ class Trial:
 
     def beats(self, other: Trial) -> bool:
         """Whether it is nowhere worse in size, latency and score, and somewhere better."""
+        if self.problem or other.problem:
+            return not self.problem
         mine = (self.size_bytes, self.latency_ms, self.drop)
         theirs = (other.size_bytes, other.latency_ms, other.drop)
         return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
@@ -54,7 +60,7 @@ class TrialLog:
 
     Args:
         path: The file; it is made where there is none. None keeps nothing.
-        bench: Whose trials they are: those of other weights or samples in the file are passed over.
+        bench: Whose trials they are: those of another model, samples, labels or versions are passed over.
 
     Raises:
         ValueError: The file holds something else.
@@ -104,11 +110,16 @@ class TrialLog:
 
 
 def _fingerprint(bench: Workbench) -> str:
-    """Of weights and samples."""
-    digest = hashlib.sha256()
+    """Of all that a trial's figures depend on: the model and what it answers, the data, the versions.
+
+    A function that scores is known by the score that it gives the model.
+    """
+    versions = [packages.version(name) for name in ("tfaccel", "tensorflow", "ai-edge-litert")]
+    digest = hashlib.sha256(json.dumps([*versions, bench.score_of_model]).encode())
     for weight in bench.model.weights:
         digest.update(keras.ops.convert_to_numpy(weight).tobytes())
-    scored = () if bench.scored is None else bench.scored.inputs
-    for array in (*bench.samples.inputs, *scored):
-        digest.update(array.tobytes())
+    scored = bench.scored
+    data = () if scored is None else (*scored.inputs, scored.labels)
+    for array in (*bench.samples.inputs, *bench.reference.values(), *data):
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

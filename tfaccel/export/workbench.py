@@ -11,6 +11,7 @@ import numpy as np
 
 from tfaccel.export.compare import Parity, compare_with
 from tfaccel.export.conversion import Converted, convert_model
+from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.quantization import Ranges, bits_to_round, measure_ranges, quantize
 from tfaccel.export.recipes import Recipe
@@ -82,6 +83,7 @@ class Workbench:
                 self._input_signature,
                 fixed_ranges=fixed_ranges,
                 allow_select_ops=self.allow_select_ops,
+                lengths=[array.shape[1:] for array in self.samples.inputs],
             )
         return self._converted[fixed_ranges]
 
@@ -120,12 +122,33 @@ class Workbench:
 
     def parity(self, runner: TFLiteRunner, rows: int | None = None) -> Parity:
         """How far a file's outputs are from the model's, on the first `rows` samples; default on all."""
-        if self._reference is None:
-            self._reference = self.serving.predict(self.samples)
         names = [spec.name for spec in self.serving.specs]
         samples = self.samples if rows is None else self.samples.first(rows)
-        reference = {name: values[: len(samples)] for name, values in self._reference.items()}
+        reference = {name: values[: len(samples)] for name, values in self.reference.items()}
         return compare_with(reference, runner, samples, names)
+
+    @property
+    def reference(self) -> dict[str, np.ndarray]:
+        """The model's own outputs on the samples, by name.
+
+        Raises:
+            ExportError: They are NaN.
+        """
+        if self._reference is None:
+            found = self.serving.predict(self.samples)
+            if any(np.isnan(values).any() for values in found.values()):
+                made_up = " Pass calibration= real samples." if self.samples.made_up else ""
+                raise ExportError(
+                    f"The outputs of {self.model.name!r} itself are NaN. Nothing was written. Look for "
+                    f"weights that are NaN, or samples outside of what it can take.{made_up}"
+                )
+            self._reference = found
+        return self._reference
+
+    @property
+    def score_of_model(self) -> float | None:
+        """The model's own score, where there is something to score on."""
+        return self._scorer.of_model if self._scorer else None
 
     @property
     def scored(self) -> Samples | None:

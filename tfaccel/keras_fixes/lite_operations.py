@@ -45,9 +45,11 @@ def _pool(original: Callable, setting: Callable[[], Any]) -> Callable:
         planes = tf.reshape(input, [-1, *input.shape[2:]])
         planes = original(planes, size[1:], stride[1:], padding)
         height, width, channels = planes.shape[1:]
-        columns = tf.reshape(planes, [-1, input.shape[1], height * width, channels])
+        depth = shape[1] if input.shape[1] is None else input.shape[1]
+        columns = tf.reshape(planes, [-1, depth, height * width, channels])
         pooled = original(columns, [size[0], 1], [stride[0], 1], padding)
-        return tf.reshape(pooled, [shape[0], pooled.shape[1], height, width, channels])
+        left = tf.shape(pooled)[1] if pooled.shape[1] is None else pooled.shape[1]
+        return tf.reshape(pooled, [shape[0], left, height, width, channels])
 
     return pool
 
