@@ -1,4 +1,5 @@
-"""Claim: pruning and clustering cost little of a step, and less than with tensorflow-model-optimization.
+"""Claim: pruning, clustering and rounding cost little of a step, and less than with
+tensorflow-model-optimization.
 
     python benchmarks/compression_overhead.py
 
@@ -9,7 +10,8 @@ same way. A fit is planned for 50 epochs, which decides how often masks are made
 which is timed.
 
 Rows: `plain` is bare Keras against itself, which shows the noise. `prune` makes a mask every 52 steps, as
-does tfmot's. `cluster` regroups every 75 steps; tfmot's looks its weights up every step.
+does tfmot's. `cluster` regroups every 75 steps; tfmot's looks its weights up every step. `quantize` rounds
+the weights to eight bits; tfmot's also the activations.
 """
 
 import argparse
@@ -63,7 +65,12 @@ def ours(name):
         "prune global": lambda: [tfaccel.PruneWeights(0.8, scope="global")],
         "prune 2:4": lambda: [tfaccel.PruneWeights(pattern="2:4")],
         "cluster": lambda: [tfaccel.ClusterWeights(16)],
-        "prune + cluster": lambda: [tfaccel.PruneWeights(0.8), tfaccel.ClusterWeights(16)],
+        "quantize": lambda: [tfaccel.QuantizeAware(8)],
+        "all three": lambda: [
+            tfaccel.PruneWeights(0.8),
+            tfaccel.ClusterWeights(16),
+            tfaccel.QuantizeAware(8),
+        ],
     }
     bare = compiled(keras, build(keras, name))
     return {"": (bare, list)} | {
@@ -85,11 +92,13 @@ def theirs(name, steps):
     shared = clustering.cluster_weights(
         build(tf_keras, name), number_of_clusters=16, cluster_centroids_init=start
     )
+    quantized = tfmot.quantization.keras.quantize_model(build(tf_keras, name))
     return {
         "": (compiled(tf_keras, build(tf_keras, name)), list),
         "plain": (compiled(tf_keras, build(tf_keras, name)), list),
         "prune": (compiled(tf_keras, pruned), lambda: [sparsity.UpdatePruningStep()]),
         "cluster": (compiled(tf_keras, shared), list),
+        "quantize": (compiled(tf_keras, quantized), list),
     }
 
 

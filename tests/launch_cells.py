@@ -56,6 +56,17 @@ def train(epochs):
     return history.history["loss"], model.get_weights(), accelerator.strategy.num_replicas_in_sync
 
 
+def make_smaller():
+    """The kernels of a network that was pruned and clustered in one fit."""
+    accelerator = tfaccel.Accelerator(precision="float32")
+    model = build(accelerator)
+    everything = keras.layers.Layer
+    callbacks = [tfaccel.PruneWeights(0.5, layers=everything), tfaccel.ClusterWeights(6, layers=everything)]
+    x, y = images()
+    model.fit(x, y, batch_size=16, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+    return [weights for weights in model.get_weights() if weights.ndim > 1]
+
+
 def fail_on_the_second():
     """Raises on the second worker; the first waits for it longer than anybody wants to."""
     cluster = tfaccel.cluster.find_cluster(os.environ)

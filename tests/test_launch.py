@@ -129,6 +129,15 @@ def test_two_workers_train_what_one_device_trains(run_cell, one_device):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+def test_two_workers_prune_and_cluster_what_one_device_does():
+    alone = launch_cells.make_smaller()
+    together = launch.run(launch_cells.make_smaller, workers=2)
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours == 0, theirs == 0)
+        assert len(np.unique(ours)) <= 6
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)  # sums in another order, 12 steps of Adam
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_that_raises_ends_the_job_with_its_words(run_cell):
     begun = time.monotonic()

@@ -17,6 +17,7 @@ from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, CompressionRow, compression_report
 from tfaccel.fit.learning_rate import OneCycle, WarmupCosine
 from tfaccel.fit.prune_weights import PruneWeights
+from tfaccel.fit.quantize_aware import QuantizeAware
 from tfaccel.fit.sensitivity import SensitivityReport, SensitivityRow, sensitivity
 from tfaccel.fit.sparsity_schedule import PruningSchedule
 from tfaccel.fit.throughput import Throughput
@@ -40,6 +41,7 @@ __all__ = [
     "Parity",
     "PruneWeights",
     "PruningSchedule",
+    "QuantizeAware",
     "Score",
     "SearchReport",
     "SensitivityReport",

@@ -293,3 +293,10 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_what_fit_refuses_before_its_first_step(helpers, small, arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(helpers, small, [tfaccel.ClusterWeights(**arguments)])
+
+
+def test_a_layer_of_zeros_cannot_be_clustered(helpers, small):
+    model = helpers.compile(helpers.build())
+    model.layers[-1].kernel.assign(np.zeros((100, 10)))
+    with pytest.raises(ValueError, match="all zero"):
+        model.fit(*small, verbose=0, callbacks=[tfaccel.ClusterWeights(8)])

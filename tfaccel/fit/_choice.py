@@ -19,6 +19,7 @@ from tfaccel.errors import refuse
 from tfaccel.keras_fixes.inner_layers import inner_layers
 from tfaccel.selection import Selector, check_selector, matches
 
+SPARED = ("embedding", "depthwise", "first layer", "last layer")
 SMALL_SHARE = 0.1  # of the weights: a first or last layer above it is most of the model
 NORMALIZATION = (
     keras.layers.BatchNormalization,
@@ -57,13 +58,16 @@ def check_layers(layers: Layers) -> None:
         raise refuse("layers", layers, "at least one layer", "Leave it out for the default.")
 
 
-def choose_weights(model: keras.Model, layers: Layers, amount: Any) -> list[Choice]:
+def choose_weights(
+    model: keras.Model, layers: Layers, amount: Any, spared: tuple[str, ...] = SPARED
+) -> list[Choice]:
     """A choice for each weight of the model, in its own order.
 
     Args:
         model: A built model.
         layers: Selectors: only what matches. A mapping: another amount for what matches. None: the default.
         amount: How far the others are changed.
+        spared: What the default leaves alone, of `SPARED`.
 
     Raises:
         ValueError: The model isn't built, a selector matches no weight, or it matches a frozen one.
@@ -79,7 +83,7 @@ def choose_weights(model: keras.Model, layers: Layers, amount: Any) -> list[Choi
         id(v): _why_not(v, holders[id(v)][-1], id(v) in trainable) for v in model.weights if id(v) in holders
     }
     if layers is None or isinstance(layers, Mapping):
-        usual = _usual(model, holders, usable)
+        usual = _usual(model, holders, usable, spared)
         choices = {key: (amount, reason) for key, reason in usual.items()}
     else:
         choices = {key: (amount, reason or "not chosen") for key, reason in usable.items()}
@@ -135,7 +139,10 @@ def _why_not(variable: keras.Variable, layer: keras.layers.Layer, trainable: boo
 
 
 def _usual(
-    model: keras.Model, holders: dict[int, list[keras.layers.Layer]], usable: dict[int, str]
+    model: keras.Model,
+    holders: dict[int, list[keras.layers.Layer]],
+    usable: dict[int, str],
+    spared: tuple[str, ...],
 ) -> dict[int, str]:
     """The reasons, with what is left alone unless asked for."""
     reasons = dict(usable)
@@ -143,16 +150,16 @@ def _usual(
         layer = holders.get(id(variable), [None])[-1]
         if reasons.get(id(variable)) == "":
             if isinstance(layer, keras.layers.Embedding):
-                reasons[id(variable)] = "embedding"
+                reasons[id(variable)] = "embedding" * ("embedding" in spared)
             elif "depthwise" in variable.name or isinstance(layer, keras.layers.DepthwiseConv2D):
-                reasons[id(variable)] = "depthwise"
+                reasons[id(variable)] = "depthwise" * ("depthwise" in spared)
     kernels = [v for v in model.trainable_variables if reasons.get(id(v)) == ""]
     sizes = {id(v): math.prod(v.shape) for v in kernels}
-    for which, variable in (("first", kernels[:1]), ("last", kernels[-1:])):
+    for which, variable in (("first layer", kernels[:1]), ("last layer", kernels[-1:])):
         owner = holders[id(variable[0])][-1] if variable else None
         mine = [id(v) for v in kernels if holders[id(v)][-1] is owner]
-        if sum(sizes[key] for key in mine) < SMALL_SHARE * sum(sizes.values()):
-            reasons.update((key, f"{which} layer") for key in mine)
+        if which in spared and sum(sizes[key] for key in mine) < SMALL_SHARE * sum(sizes.values()):
+            reasons.update((key, which) for key in mine)
     return reasons
 
 

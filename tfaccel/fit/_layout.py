@@ -50,6 +50,16 @@ class Layout:
         return tf.transpose(permuted, np.argsort(self.order))
 
 
+def channel_axes(layer: keras.layers.Layer, variable: keras.Variable) -> list[int]:
+    """The axes of a weight's output channels, which quantized files give a scale of their own."""
+    rank = len(variable.shape)
+    if "depthwise" in variable.name or isinstance(layer, WITHOUT_INPUTS[:2]):
+        return [rank - 2, rank - 1]
+    if isinstance(layer, WITHOUT_INPUTS):
+        return []
+    return _axes(layer, rank)[1]
+
+
 def _axes(layer: keras.layers.Layer, rank: int) -> tuple[list[int], list[int]]:
     """The axes of a layer's kernel that are inputs, and those that are outputs."""
     if isinstance(layer, keras.layers.EinsumDense):

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.errors import refuse
+from tfaccel.errors import is_whole, refuse
 from tfaccel.fit._choice import Choice, Layers, check_finite, check_layers, choose_weights
 from tfaccel.fit._clusters import INITIALIZATIONS, first_centroids, group_means, kmeans, nearest
 from tfaccel.fit._layout import Layout
@@ -86,14 +86,14 @@ class ClusterWeights(keras.callbacks.Callback):
         check_layers(layers)
         asked = [num_clusters, *(number for number in _own_numbers(layers) if number != 0)]
         for number in asked:
-            if not isinstance(number, int) or not 2 <= number <= 2**16:
+            if not is_whole(number, 2, 2**16):
                 raise refuse("num_clusters", number, "an integer, 2 to 65,536", "16 are four bits.")
         if initialization not in INITIALIZATIONS:
             allowed = ", ".join(map(repr, INITIALIZATIONS))
             raise refuse("initialization", initialization, allowed, "Take 'kmeans++'.")
         if scope not in ("layer", "channel"):
             raise refuse("scope", scope, "'layer' or 'channel'", "Take 'layer'.")
-        if not isinstance(begin_epoch, int) or begin_epoch < 0:
+        if not is_whole(begin_epoch, 0):
             raise refuse("begin_epoch", begin_epoch, "an integer ≥ 0", "0 is the first epoch.")
         self.num_clusters, self.initialization, self.scope = num_clusters, initialization, scope
         self.preserve_sparsity, self.begin_epoch, self.layers = preserve_sparsity, begin_epoch, layers
@@ -128,6 +128,11 @@ class ClusterWeights(keras.callbacks.Callback):
             if each.amount > size:
                 allowed = f"at most the {size} weights of {each.variable.path}"
                 raise refuse("num_clusters", each.amount, allowed, "Leave that layer out with layers=.")
+            if self.begin_epoch == 0 and not bool(tf.reduce_any(each.variable.value != 0)):
+                raise ValueError(
+                    f"{each.variable.path} is all zero, and one value can't become several. Allowed: weights "
+                    "that were trained. Train first, or pass a later begin_epoch."
+                )
 
     def _prunes_before(self) -> bool:
         """Whether the same fit prunes, so that there will be a cluster of zeros."""
@@ -212,7 +217,7 @@ class _Clustered:
             ]
         )
         groups = nearest(tf.constant(values), tf.constant(centroids))
-        self.preserve = options.preserve_sparsity
+        self.preserve, self.more_zeros = options.preserve_sparsity, reserves_zero
         self.zero = beside(zero)
         self.latent = beside(values)
         self.groups = beside(groups.numpy())
@@ -264,7 +269,7 @@ class _Clustered:
 
     def _step(self, updated: Any) -> None:
         zero = tf.convert_to_tensor(self.zero.value)
-        if self.preserve:  # also what another technique has just made zero
+        if self.more_zeros:  # what pruning has just made zero
             zero = tf.logical_or(zero, updated == 0)
             self.zero.assign(zero)
         moved = tf.where(zero, 0.0, self.latent.value + updated - self._values())

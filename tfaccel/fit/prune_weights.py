@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfaccel.errors import refuse
+from tfaccel.errors import is_number, refuse
 from tfaccel.fit._choice import Choice, Layers, check_finite, check_layers, choose_weights
 from tfaccel.fit._pruning import Masks, Pattern, Pruned
 from tfaccel.fit._run import check_early_stopping, check_order, updates_done, updates_per_epoch
@@ -38,7 +38,7 @@ class PruneWeights(keras.callbacks.Callback):
     The masks are held by the compiled step itself, so they hold under `steps_per_execution`, XLA, gradient
     accumulation, mixed precision and every strategy. Behind the last step the model is a plain one: nothing
     is to be stripped. List it behind callbacks that put other weights back at the end, such as
-    `EarlyStopping(restore_best_weights=True)`.
+    `EarlyStopping(restore_best_weights=True)`, and before those that write logs, such as `TensorBoard`.
 
     Args:
         sparsity: The share of zeros in the end, 0 ≤ sparsity < 1. 0 leaves plain Keras. With `m:n` it is
@@ -123,11 +123,9 @@ class PruneWeights(keras.callbacks.Callback):
                 "PruneWeights(0.8) sets four fifths to zero; PruneWeights(pattern='2:4') a half.",
             )
         for value in (self.sparsity, *(self.layers.values() if isinstance(self.layers, Mapping) else ())):
-            if value is not None and not (isinstance(value, int | float) and 0 <= value < 1):
+            if value is not None and not is_number(value, 0, 1):
                 raise refuse("sparsity", value, "a fraction, 0 ≤ sparsity < 1", "Four fifths are 0.8.")
-        if self.threshold is not None and not (
-            isinstance(self.threshold, int | float) and self.threshold >= 0
-        ):
+        if self.threshold is not None and not is_number(self.threshold, 0):
             raise refuse("threshold", self.threshold, "a number ≥ 0", "Try 1e-3.")
         alone = {"threshold": self.threshold is not None, "an m:n pattern": self._group is not None}
         for name, given in alone.items():
@@ -155,7 +153,7 @@ class PruneWeights(keras.callbacks.Callback):
         check_order(self)
         per_epoch = updates_per_epoch(self)
         self._plan = plan(self.schedule, per_epoch, self.params["epochs"])
-        check_early_stopping(self, math.ceil(self._plan.end / per_epoch))
+        check_early_stopping(self, max(math.ceil(self._plan.end / per_epoch) - 1, 0))
         self.choices = choose_weights(self.model, self.layers, self._target())
         self.choices = [self._pattern.fit(each, asked_for=self.layers is not None) for each in self.choices]
         self._chosen = [each for each in self.choices if not each.skipped and self._touches(each)]

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.errors import refuse
+from tfaccel.errors import is_number, is_whole, refuse
 from tfaccel.fit import _masks as masks
 from tfaccel.fit._choice import Layers, check_finite, check_layers, choose_weights
 from tfaccel.plots import new_figure
@@ -194,8 +194,8 @@ def _check(model: keras.Model, sparsities: Sequence[float], bits: Sequence[int])
             "Call model.compile(loss=..., metrics=[...])."
         )
     for value in sparsities:
-        if not isinstance(value, int | float) or not 0 <= value < 1:
+        if not is_number(value, 0, 1):
             raise refuse("sparsities", value, "fractions, 0 ≤ sparsity < 1", "Half is 0.5.")
     for value in bits:
-        if not isinstance(value, int) or not 2 <= value <= 16:
+        if not is_whole(value, 2, 16):
             raise refuse("bits", value, "integers, 2 to 16", "Try [8, 4].")

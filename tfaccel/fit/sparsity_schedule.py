@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfaccel.errors import refuse
+from tfaccel.errors import is_number, refuse
 
 KINDS = ("polynomial", "constant", "one_shot")
 UNITS = ("run", "epochs")
@@ -77,7 +77,7 @@ class PruningSchedule:
             raise refuse("unit", self.unit, "'run' or 'epochs'", "Take 'run' for fractions of the run.")
         for name in ("begin", "end", "frequency", "initial_sparsity", "power"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value >= 0):
+            if value is not None and not is_number(value, 0):
                 raise refuse(name, value, "a number ≥ 0", "Leave it out for the default.")
         most = 1.0 if self.unit == "run" else float("inf")
         if self.begin > most or (self.end or 0) > most or (self.frequency or 0) > most:
