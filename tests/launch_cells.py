@@ -275,17 +275,19 @@ def plain_keras(folder):
 
 
 def drive_ray(folder):
-    """Runs the call that `folder` holds on Ray, and leaves its answer there."""
+    """Runs the calls that `folder` holds on Ray, by their numbers from standard input, and leaves answers."""
     import ray
 
-    function, arguments, options = pickle.loads((folder / "call").read_bytes())
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    try:
-        answer = tfaccel.launch.run(function, arguments, engine="ray", **options), None
-    except tfaccel.launch.WorkerError as error:
-        answer = None, error
-    (folder / "unfinished").write_bytes(pickle.dumps(answer))
-    (folder / "unfinished").rename(folder / "answer")
+    for line in sys.stdin:
+        number = line.strip()
+        function, arguments, options = pickle.loads((folder / f"call{number}").read_bytes())
+        try:
+            answer = tfaccel.launch.run(function, arguments, engine="ray", **options), None
+        except tfaccel.launch.WorkerError as error:
+            answer = None, error
+        (folder / "unfinished").write_bytes(pickle.dumps(answer))
+        (folder / "unfinished").rename(folder / f"answer{number}")
     ray.shutdown()
 
 

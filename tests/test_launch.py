@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import launch_cells
@@ -43,32 +42,59 @@ def local():
     return dict(os.environ)
 
 
-@pytest.fixture(scope="module")
-def ray_cluster():
-    pytest.importorskip("ray")
+class RayDriver:
+    """`launch.run` on Ray, in a process of its own.
 
-
-def run_on_ray(function, arguments=(), **options):
-    """As `launch.run`, from a process of its own: Ray's client ends a process by `_Exit` when it comes upon a
-
-    state that it has no answer to (seen under load: "publisher_id is empty"), and the tests with it. Then it
-    says that it has a bug, and the cell is run once more.
+    Ray's client ends its process by `_Exit` when it comes upon a state that it has no answer to (seen under
+    load: "publisher_id is empty"), and here it would be that of the tests. It says that it has a bug then;
+    the cell is run once more.
     """
-    for attempt in range(2):
-        with tempfile.TemporaryDirectory() as folder:
-            call = pathlib.Path(folder, "call")
-            call.write_bytes(pickle.dumps((function, list(arguments), options)))
-            script = [sys.executable, SCRIPT, "drive_ray", folder]
-            done = subprocess.run(script, capture_output=True, text=True, timeout=240)
-            answer = pathlib.Path(folder, "answer")
-            if answer.exists():
-                value, error = pickle.loads(answer.read_bytes())
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.calls = 0
+        self.process = None
+
+    def __call__(self, function, arguments=(), **options):
+        for attempt in range(2):
+            answer = self._ask(function, arguments, options)
+            if answer is not None:
+                value, error = answer
                 if error is not None:
                     raise error
                 return value
-            assert "discovered a bug in Ray" in done.stderr, done.stderr
-            assert attempt == 0, done.stderr
-    raise AssertionError("the last attempt returns or raises")
+            said = (self.folder / "errors").read_text()
+            assert "discovered a bug in Ray" in said, said
+            assert attempt == 0, said
+        raise AssertionError("the last attempt returns or raises")
+
+    def _ask(self, function, arguments, options):
+        if self.process is None or self.process.poll() is not None:
+            command = [sys.executable, SCRIPT, "drive_ray", str(self.folder)]
+            with (self.folder / "errors").open("w") as errors:
+                self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors, text=True)
+        self.calls += 1
+        (self.folder / f"call{self.calls}").write_bytes(pickle.dumps((function, list(arguments), options)))
+        self.process.stdin.write(f"{self.calls}\n")
+        self.process.stdin.flush()
+        answer = self.folder / f"answer{self.calls}"
+        ends = time.monotonic() + 240
+        while not answer.exists() and self.process.poll() is None and time.monotonic() < ends:
+            time.sleep(0.1)
+        return pickle.loads(answer.read_bytes()) if answer.exists() else None
+
+    def close(self):
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def ray_driver(tmp_path_factory):
+    pytest.importorskip("ray")
+    driver = RayDriver(tmp_path_factory.mktemp("ray"))
+    yield driver
+    driver.close()
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +129,14 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[("local", "local"), ("ray", "ray_cluster"), ("spark", "spark_session"), ("slurm", "slurm")],
+    params=[("local", "local"), ("ray", "ray_driver"), ("spark", "spark_session"), ("slurm", "slurm")],
     ids=lambda pair: pair[0],
 )
 def run_cell(request):
     """`launch.run` on one of the engines."""
     name, service = request.param
-    request.getfixturevalue(service)
-    return run_on_ray if name == "ray" else functools.partial(launch.run, engine=name)
+    running = request.getfixturevalue(service)
+    return running if name == "ray" else functools.partial(launch.run, engine=name)
 
 
 @pytest.fixture(scope="module")
