@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
 
@@ -231,7 +232,9 @@ def test_a_stranger_as_chief_is_recognised(answer):
         thread.join()
 
 
-def test_facts_name_versions_script_and_cluster():
+def test_facts_name_versions_script_and_cluster(monkeypatch):
+    # Of a process of pytest-xdist the main module is no file.
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
     facts = facts_of_this_process(clusters(2)[0])
     assert set(facts) == {"tfaccel", "keras", "tensorflow", "python", "script", "cluster"}
 
