@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes.
+def new_figure(width: float, height: float, panes: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and the axes of each of its panes, side by side with one scale of their heights.
 
     Args:
         width: In inches.
         height: In inches.
+        panes: How many.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -25,4 +26,4 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, list(figure.subplots(1, panes, sharey=True, squeeze=False)[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import keras
 
@@ -29,3 +29,9 @@ def matches(selector: Selector, layer: keras.layers.Layer) -> bool:
     if isinstance(selector, type):
         return isinstance(layer, selector)
     return bool(selector(layer))
+
+
+def no_match(selector: object, names: Iterable[str]) -> ValueError:
+    """Words a selector that matches nothing; `names` are those that it could have matched."""
+    allowed = f"what matches one of {', '.join(sorted(set(names))) or 'no layer'}"
+    return refuse("layers", selector, allowed, "Look at model.summary().")

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 import tfaccel
-from tfaccel.fit.sensitivity import rounded
+from tfaccel.fit.sensitivity import _reduced
 
 
 def test_rounding_by_hand():
     values = np.array([-1.0, -0.4, 0.0, 0.3, 0.9], "float32")
-    np.testing.assert_allclose(rounded(values, 2), [-1, 0, 0, 0, 1])
-    np.testing.assert_allclose(rounded(values, 3), [-1, -1 / 3, 0, 1 / 3, 1], rtol=1e-6)
-    np.testing.assert_array_equal(rounded(np.zeros(3), 4), 0)
+    np.testing.assert_allclose(_reduced(values, "bits", 2), [-1, 0, 0, 0, 1])
+    np.testing.assert_allclose(_reduced(values, "bits", 3), [-1, -1 / 3, 0, 1 / 3, 1], rtol=1e-6)
+    np.testing.assert_array_equal(_reduced(np.zeros(3, "float32"), "bits", 4), 0)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tfaccel.export.tflite import (
     check_path,
     export_tflite,
 )
-from tfaccel.keras_fixes.callback_siblings import changes_weights_at_end, siblings
+from tfaccel.keras_fixes.callback_siblings import changer_behind
 from tfaccel.keras_fixes.metric_direction import rises
 
 
@@ -107,14 +107,13 @@ class ExportTFLite(keras.callbacks.Callback):
             signature = self.options.get("input_signature")
             check_data(self.model, self.calibration, self.evaluate, self.max_drop, signature)
             check_layers(self.options.get("layers"), self.model)
-        others = siblings(self)
-        for other in others[others.index(self) + 1 :]:
-            if changes_weights_at_end(other):
-                raise ValueError(
-                    f"ExportTFLite is listed before {type(other).__name__}, which changes the weights "
-                    "when training ends: another model would be exported than the one you keep. "
-                    "Allowed: ExportTFLite behind it. List it last."
-                )
+        other = changer_behind(self)
+        if other is not None:
+            raise ValueError(
+                f"ExportTFLite is listed before {type(other).__name__}, which changes the weights "
+                "when training ends: another model would be exported than the one you keep. "
+                "Allowed: ExportTFLite behind it. List it last."
+            )
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Keeps the weights of the best epoch; one without the figure, or where it is NaN, is none."""

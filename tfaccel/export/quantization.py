@@ -61,7 +61,7 @@ def quantize(
     work = quantizer.Quantizer(bytearray(content))
     # What is turned into whole numbers picks rows and classes, and half a step off is another one.
     exact = {name for each in operations if each.kind == "CAST" for name in (*each.inputs, *each.outputs)}
-    shared = _shared_weights(content, operations)
+    shared = _shared_weights(content, operations) if recipe.needs_calibration else set()
     _add_rules(work, ".*", recipe)
     if recipe.needs_calibration and not recipe.integer_io:
         for side in ("INPUT", "OUTPUT"):

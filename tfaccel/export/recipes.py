@@ -13,8 +13,7 @@
 
 Weights have a scale for each output channel. With calibration data they are rounded so that what their layer
 computes changes least (`rounding.py`). The dynamic recipes keep depthwise and tiny layers computing in
-float32:
-turning their inputs into integers costs more than it saves. Inputs and outputs stay float32 but in
+float32: turning their inputs into integers costs more than it saves. Inputs and outputs stay float32 but in
 `int8_integer_io`.
 """
 

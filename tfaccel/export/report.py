@@ -89,7 +89,7 @@ class LayerReport:
         Raises:
             ValueError: matplotlib is not installed.
         """
-        figure, axes = new_figure(8, 1.2 + 0.24 * len(self.rows))
+        figure, (axes,) = new_figure(8, 1.2 + 0.24 * len(self.rows))
         names = [row.layer for row in self.rows][::-1]
         noise = [max(row.added_noise, 1e-9) for row in self.rows][::-1]
         axes.barh(names, noise, color="tab:red")

@@ -11,7 +11,7 @@ from tfaccel.errors import refuse
 from tfaccel.export.operations import Operation
 from tfaccel.export.recipes import Recipe, find_recipe
 from tfaccel.keras_fixes.inner_layers import inner_layers
-from tfaccel.selection import Selector, check_selector, matches
+from tfaccel.selection import Selector, check_selector, matches, no_match
 
 
 def check_selection(layers: Mapping[Selector, str] | None, base: Recipe) -> None:
@@ -63,10 +63,7 @@ def recipes_by_operation(
         inside = _matching(selector, model)
         matching = [each for layer, each in mine if id(layer) in inside]
         if not matching:
-            names = sorted({layer.name for layer, _ in mine})
-            raise refuse(
-                "layers", selector, f"what matches one of {', '.join(names)}", "Look at model.summary()."
-            )
+            raise no_match(selector, (layer.name for layer, _ in mine))
         chosen.update((each.outputs[0], find_recipe(name)) for each in matching)
     return chosen
 
@@ -76,8 +73,6 @@ def _matching(selector: Selector, model: keras.Model) -> set[int]:
     outer = [each for each in inner_layers(model) if each is not model]
     found = [each for each in outer if matches(selector, each)]
     if not found:
-        names = sorted({each.name for each in outer if not isinstance(each, keras.layers.InputLayer)})
-        raise refuse(
-            "layers", selector, f"what matches one of {', '.join(names)}", "Look at model.summary()."
-        )
+        named = [each for each in outer if not isinstance(each, keras.layers.InputLayer)]
+        raise no_match(selector, (each.name for each in named))
     return {id(inner) for each in found for inner in inner_layers(each)}

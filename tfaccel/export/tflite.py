@@ -204,9 +204,8 @@ def check_arguments(
 ) -> None:
     """Raises ValueError for arguments that contradict one another."""
     check_metadata(metadata)
-    searched = isinstance(name, AutoRecipe) or name == "auto"
-    recipe = RECIPES["dynamic_int8"] if isinstance(name, AutoRecipe) or searched else find_recipe(name)
-    if searched:
+    if isinstance(name, AutoRecipe) or name == "auto":
+        recipe = RECIPES["dynamic_int8"]
         for argument, given in (
             ("layers", layers),
             ("strict", strict),
@@ -220,6 +219,7 @@ def check_arguments(
                 "evaluate=(x_test, y_test), max_drop=0.005 for half a percentage point."
             )
     else:
+        recipe = find_recipe(name)
         check_selection(layers, recipe)
     if strict and not recipe.needs_calibration:
         fixed = ", ".join(repr(each.name) for each in RECIPES.values() if each.needs_calibration)

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from tfaccel.errors import refuse
 from tfaccel.keras_fixes.inner_layers import inner_layers
-from tfaccel.selection import Selector, check_selector, matches
+from tfaccel.selection import Selector, check_selector, matches, no_match
 
 SPARED = ("embedding", "depthwise", "first layer", "last layer")
 SMALL_SHARE = 0.1  # of the weights: a first or last layer above it is most of the model
@@ -98,6 +98,20 @@ def choose_weights(
     ]
 
 
+def skipped_weights(choices: Sequence[Choice]) -> dict[str, str]:
+    """Why weights were left alone, by their path, for a report."""
+    return {each.variable.path: each.skipped for each in choices}
+
+
+def check_some(model: keras.Model, choices: Sequence[Choice], purpose: str) -> None:
+    """Raises ValueError where all weights are skipped; `purpose` is the technique's verb."""
+    if all(each.skipped for each in choices):
+        raise ValueError(
+            f"{model.name!r} has no weights to {purpose}. Allowed: models with kernels that are trained. "
+            "Unfreeze a layer, or name one with layers=."
+        )
+
+
 def check_finite(choices: Sequence[Choice]) -> None:
     """Raises ValueError for weights that hold NaN or infinity."""
     for each in choices:
@@ -176,10 +190,4 @@ def _matching(
     if any(usable[key] == "frozen" for key in mine):
         raise refuse("layers", selector, "layers that are trained", "Set layer.trainable = True and compile.")
     kernels = [v for v in model.weights if not usable.get(id(v), "not in a layer")]
-    names = sorted({holders[id(v)][0].name for v in kernels})
-    raise refuse(
-        "layers",
-        selector,
-        f"what matches one of {', '.join(names) or 'no layer'}",
-        "Look at model.summary().",
-    )
+    raise no_match(selector, (holders[id(v)][0].name for v in kernels))

@@ -7,8 +7,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfaccel.errors import refuse
 from tfaccel.fit._optimizer import inner_optimizer
-from tfaccel.keras_fixes.callback_siblings import changes_weights_at_end, siblings
+from tfaccel.keras_fixes.callback_siblings import changer_behind, siblings
 
 
 def updates_per_epoch(callback: keras.callbacks.Callback, steps_per_epoch: int | None = None) -> float:
@@ -35,14 +36,21 @@ def updates_per_epoch(callback: keras.callbacks.Callback, steps_per_epoch: int |
 
 def check_order(callback: keras.callbacks.Callback) -> None:
     """Raises ValueError where a callback behind this one puts other weights back when training ends."""
-    others = siblings(callback)
-    for other in others[others.index(callback) + 1 :]:
-        if changes_weights_at_end(other):
-            name = type(callback).__name__
-            raise ValueError(
-                f"{name} is listed before {type(other).__name__}, which changes the weights when training "
-                f"ends: they would not be those that {name} made. Allowed: {name} behind it. Exchange them."
-            )
+    other = changer_behind(callback)
+    if other is not None:
+        name = type(callback).__name__
+        raise ValueError(
+            f"{name} is listed before {type(other).__name__}, which changes the weights when training ends: "
+            f"they would not be those that {name} made. Allowed: {name} behind it. Exchange them."
+        )
+
+
+def check_begin_epoch(callback: Any) -> None:
+    """Raises ValueError where `begin_epoch` is not in the running fit, or a best epoch may be before it."""
+    check_early_stopping(callback, callback.begin_epoch)
+    if callback.begin_epoch >= callback.params["epochs"]:
+        allowed = f"an epoch of this fit, 0 to {callback.params['epochs'] - 1}"
+        raise refuse("begin_epoch", callback.begin_epoch, allowed, "Train longer, or begin earlier.")
 
 
 def check_early_stopping(callback: keras.callbacks.Callback, epoch: int) -> None:

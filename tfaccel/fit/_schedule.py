@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from tfaccel.fit._optimizer import Curve, drive, inner_optimizer, momentum_name
-from tfaccel.fit._run import updates_per_epoch
+from tfaccel.fit._run import updates_done, updates_per_epoch
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.keras_fixes.callback_siblings import siblings
 from tfaccel.keras_fixes.whole_executions import check_whole_executions
@@ -87,7 +87,7 @@ class ScheduleCallback(keras.callbacks.Callback):
         if warmup is None:
             warmup = min(self.warmup_epochs / epochs, 1.0)
         optimizer = inner_optimizer(self.model.optimizer)
-        iterations = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        iterations = updates_done(self.model.optimizer)
 
         def along(curve: Callable[[Any, float], Any]) -> Curve:
             return lambda step: curve(tf.clip_by_value(step / last_step, 0.0, 1.0), warmup)

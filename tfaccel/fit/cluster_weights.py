@@ -20,10 +20,18 @@ import numpy as np
 import tensorflow as tf
 
 from tfaccel.errors import is_whole, refuse
-from tfaccel.fit._choice import Choice, Layers, check_finite, check_layers, choose_weights
+from tfaccel.fit._choice import (
+    Choice,
+    Layers,
+    check_finite,
+    check_layers,
+    check_some,
+    choose_weights,
+    skipped_weights,
+)
 from tfaccel.fit._clusters import INITIALIZATIONS, first_centroids, group_means, kmeans, nearest
 from tfaccel.fit._layout import Layout
-from tfaccel.fit._run import check_early_stopping, check_order, updates_per_epoch, updates_with_this_one
+from tfaccel.fit._run import check_begin_epoch, check_order, updates_per_epoch, updates_with_this_one
 from tfaccel.fit._session import detach_leftovers
 from tfaccel.fit._state import beside
 from tfaccel.fit._weights import WeightUpdates
@@ -110,18 +118,11 @@ class ClusterWeights(keras.callbacks.Callback):
         self._updates, self.report = None, None
         check_whole_executions(self)
         check_order(self)
-        check_early_stopping(self, self.begin_epoch)
+        check_begin_epoch(self)
         self._reserves_zero = self._prunes_before()
-        if self.begin_epoch >= self.params["epochs"]:
-            allowed = f"an epoch of this fit, 0 to {self.params['epochs'] - 1}"
-            raise refuse("begin_epoch", self.begin_epoch, allowed, "Train longer, or begin earlier.")
         self.choices = choose_weights(self.model, self.layers, self.num_clusters)
         self._chosen = [each for each in self.choices if not each.skipped and each.amount]
-        if all(each.skipped for each in self.choices):
-            raise ValueError(
-                f"{self.model.name!r} has no weights to cluster. Allowed: models with kernels that are "
-                "trained. Unfreeze a layer, or name one with layers=."
-            )
+        check_some(self.model, self.choices, "cluster")
         check_finite(self._chosen)
         for each in self._chosen:
             size = math.prod(each.variable.shape)
@@ -172,8 +173,7 @@ class ClusterWeights(keras.callbacks.Callback):
             for weight in self._weights:
                 weight.settle()
             self._updates, self._weights = None, []
-        skipped = {each.variable.path: each.skipped for each in self.choices}
-        self.report = compression_report(self.model, skipped=skipped)
+        self.report = compression_report(self.model, skipped=skipped_weights(self.choices))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments."""

@@ -106,7 +106,7 @@ class CompressionReport:
             ValueError: matplotlib is not installed.
         """
         rows = [row for row in self.rows if len(row.shape) > 1][::-1]
-        figure, axes = new_figure(8, 1.4 + 0.28 * len(rows))
+        figure, (axes,) = new_figure(8, 1.4 + 0.28 * len(rows))
         names = [row.weight for row in rows]
         axes.barh(names, [row.size_bytes / 1024 for row in rows], color="lightgray", label="as it is")
         axes.barh(names, [row.compressed_bytes / 1024 for row in rows], color="tab:blue", label="zipped")

@@ -19,7 +19,15 @@ import keras
 import tensorflow as tf
 
 from tfaccel.errors import is_number, refuse
-from tfaccel.fit._choice import Choice, Layers, check_finite, check_layers, choose_weights
+from tfaccel.fit._choice import (
+    Choice,
+    Layers,
+    check_finite,
+    check_layers,
+    check_some,
+    choose_weights,
+    skipped_weights,
+)
 from tfaccel.fit._pruning import Masks, Pattern, Pruned
 from tfaccel.fit._run import check_early_stopping, check_order, updates_done, updates_per_epoch
 from tfaccel.fit._session import detach_leftovers
@@ -157,11 +165,7 @@ class PruneWeights(keras.callbacks.Callback):
         self.choices = choose_weights(self.model, self.layers, self._target())
         self.choices = [self._pattern.fit(each, asked_for=self.layers is not None) for each in self.choices]
         self._chosen = [each for each in self.choices if not each.skipped and self._touches(each)]
-        if all(each.skipped for each in self.choices):
-            raise ValueError(
-                f"{self.model.name!r} has no weights to prune. Allowed: models with kernels that are "
-                "trained. Unfreeze a layer, or name one with layers=."
-            )
+        check_some(self.model, self.choices, "prune")
         if not self._chosen:
             return
         check_finite(self._chosen)
@@ -217,9 +221,7 @@ class PruneWeights(keras.callbacks.Callback):
             self._updates.reapply()
             self._updates.detach()
             self._updates = None
-        self.report = compression_report(
-            self.model, skipped={each.variable.path: each.skipped for each in self.choices}
-        )
+        self.report = compression_report(self.model, skipped=skipped_weights(self.choices))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments."""

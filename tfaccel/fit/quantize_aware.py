@@ -22,9 +22,17 @@ import keras
 import tensorflow as tf
 
 from tfaccel.errors import is_whole, refuse
-from tfaccel.fit._choice import Choice, Layers, check_finite, check_layers, choose_weights
+from tfaccel.fit._choice import (
+    Choice,
+    Layers,
+    check_finite,
+    check_layers,
+    check_some,
+    choose_weights,
+    skipped_weights,
+)
 from tfaccel.fit._layout import channel_axes
-from tfaccel.fit._run import check_early_stopping, check_order
+from tfaccel.fit._run import check_begin_epoch, check_order
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.fit.compression_report import CompressionReport, compression_report
 
@@ -99,17 +107,10 @@ class QuantizeAware(keras.callbacks.Callback):
         """Checks, before the first step, that the model can be trained so."""
         self._attachment, self.report = None, None
         check_order(self)
-        check_early_stopping(self, self.begin_epoch)
-        if self.begin_epoch >= self.params["epochs"]:
-            allowed = f"an epoch of this fit, 0 to {self.params['epochs'] - 1}"
-            raise refuse("begin_epoch", self.begin_epoch, allowed, "Train longer, or begin earlier.")
+        check_begin_epoch(self)
         self.choices = choose_weights(self.model, self.layers, self.bits, spared=("embedding",))
         self._chosen = [each for each in self.choices if not each.skipped and each.amount]
-        if all(each.skipped for each in self.choices):
-            raise ValueError(
-                f"{self.model.name!r} has no weights to quantize. Allowed: models with kernels that are "
-                "trained. Unfreeze a layer, or name one with layers=."
-            )
+        check_some(self.model, self.choices, "quantize")
         check_finite(self._chosen)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -142,8 +143,7 @@ class QuantizeAware(keras.callbacks.Callback):
             for each in self._weights:
                 each.variable.assign(on_grid(tf.convert_to_tensor(each.variable.value), each.bits, each.axes))
             self._attachment, self._weights = None, []
-        skipped = {each.variable.path: each.skipped for each in self.choices}
-        self.report = compression_report(self.model, skipped=skipped)
+        self.report = compression_report(self.model, skipped=skipped_weights(self.choices))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments."""

@@ -19,6 +19,7 @@ import tensorflow as tf
 from tfaccel.errors import is_number, is_whole, refuse
 from tfaccel.fit import _masks as masks
 from tfaccel.fit._choice import Layers, check_finite, check_layers, choose_weights
+from tfaccel.fit.quantize_aware import on_grid
 from tfaccel.plots import new_figure
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -86,11 +87,8 @@ class SensitivityReport:
         Raises:
             ValueError: matplotlib is not installed.
         """
-        figure, first = new_figure(10, 4.5)
         kinds = list(dict.fromkeys(row.kind for row in self.rows))
-        if len(kinds) > 1:
-            figure.clear()
-        panes = [first] if len(kinds) == 1 else list(figure.subplots(1, len(kinds), sharey=True))
+        figure, panes = new_figure(10, 4.5, len(kinds))
         for axes, kind in zip(panes, kinds, strict=True):
             mine = [row for row in self.rows if row.kind == kind]
             for name in dict.fromkeys(row.weight for row in mine):
@@ -163,16 +161,9 @@ def sensitivity(
     return SensitivityReport(score, name, tuple(rows))
 
 
-def rounded(values: np.ndarray, bits: int) -> np.ndarray:
-    """Values on a symmetric grid of so many bits that reaches to the largest of them."""
-    steps = 2 ** (bits - 1) - 1
-    scale = np.abs(values).max() / steps
-    return np.round(values / scale) * scale if scale > 0 else values
-
-
 def _reduced(values: np.ndarray, kind: str, amount: float) -> np.ndarray:
     if kind == "bits":
-        return rounded(values, int(amount))
+        return on_grid(tf.convert_to_tensor(values), int(amount), axes=[]).numpy()
     scores = tf.abs(tf.cast(values, tf.float32))
     mask = masks.keep_largest([scores], masks.num_kept(values.size, amount))[0]
     return np.where(mask.numpy(), values, 0)

@@ -36,8 +36,14 @@ def siblings(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callbac
     return [callback]
 
 
-def changes_weights_at_end(callback: keras.callbacks.Callback) -> bool:
-    """Whether a Keras callback puts other weights into the model in `on_train_end`."""
+def changer_behind(callback: keras.callbacks.Callback) -> keras.callbacks.Callback | None:
+    """The first callback behind this one that puts other weights into the model in `on_train_end`."""
+    others = siblings(callback)
+    behind = others[others.index(callback) + 1 :]
+    return next((other for other in behind if _changes_weights_at_end(other)), None)
+
+
+def _changes_weights_at_end(callback: keras.callbacks.Callback) -> bool:
     if isinstance(callback, keras.callbacks.EarlyStopping):
         return callback.restore_best_weights
     return isinstance(callback, keras.callbacks.SwapEMAWeights)
