@@ -10,7 +10,11 @@ import pytest
 
 import tfaccel
 from tfaccel import cli
+from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.metadata import with_metadata
+from tfaccel.export.samples import Samples
+from tfaccel.export.serving import ServingFunction
+from tfaccel.export.workbench import Workbench
 
 L = keras.layers
 
@@ -125,6 +129,19 @@ def test_the_last_row_is_the_models_own_output(net, data, tmp_path):
     (scores,) = [row for row in report.rows if row.layer == "scores"]
     # Reference kernels and the delegate round differently in the last bit.
     assert scores.sqnr_db == pytest.approx(file.parity.sqnr_db, abs=1.5)
+
+
+def test_few_rows_of_sorted_samples_are_of_all_classes(net, data, tmp_path, monkeypatch):
+    x = data[0][np.argsort(data[1], kind="stable")]
+    serving = ServingFunction(net)
+    bench = Workbench(net, serving, Samples((x,)), None, None)
+    runner = TFLiteRunner(tfaccel.export_tflite(net, tmp_path / "m.tflite", "float32").path)
+    seen = []
+    predict = runner.predict
+    monkeypatch.setattr(runner, "predict", lambda samples, *args: seen.append(samples) or predict(samples))
+    assert bench.parity(runner, 20).sqnr_db > 100  # rows of the reference are those of the samples
+    labels = {int(np.flatnonzero((x == row).all((1, 2, 3)))[0]) // 20 for row in seen[0].inputs[0]}
+    assert labels == set(range(10))
 
 
 def test_the_report_is_drawn(net, data, tmp_path):

@@ -140,7 +140,7 @@ def layer_report(
 def report_layers(bench: Workbench, content: bytes, fixed_ranges: bool) -> LayerReport:
     """`layer_report` for parts that exist already."""
     float_file = bench.converted(fixed_ranges)
-    samples = bench.samples.first(ROWS)
+    samples = bench.samples.spread(ROWS)
     if set(TFLiteRunner(content).input_names) != {spec.name for spec in bench.serving.specs}:
         raise ExportError(
             "The file's inputs have other names than the model's. Is it the file of this model?"

@@ -16,7 +16,7 @@ from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.quantization import Ranges, bits_to_round, measure_ranges, quantize
 from tfaccel.export.recipes import Recipe
 from tfaccel.export.rounding import Rounder
-from tfaccel.export.samples import Samples
+from tfaccel.export.samples import Samples, spread_indices
 from tfaccel.export.scoring import Score, Scorer
 from tfaccel.export.serving import ServingFunction
 
@@ -121,10 +121,11 @@ class Workbench:
         return Candidate(recipe, content, self.parity(runner), score, float_file.batch_size, left)
 
     def parity(self, runner: TFLiteRunner, rows: int | None = None) -> Parity:
-        """How far a file's outputs are from the model's, on the first `rows` samples; default on all."""
+        """How far a file's outputs are from the model's, on `rows` samples from all over; default on all."""
         names = [spec.name for spec in self.serving.specs]
-        samples = self.samples if rows is None else self.samples.first(rows)
-        reference = {name: values[: len(samples)] for name, values in self.reference.items()}
+        samples = self.samples if rows is None else self.samples.spread(rows)
+        which = spread_indices(len(self.samples), rows)
+        reference = {name: values[which] for name, values in self.reference.items()}
         return compare_with(reference, runner, samples, names)
 
     @property
