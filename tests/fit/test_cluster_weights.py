@@ -4,22 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_fits import Interrupt, fit, fit_under, kernels
 
 import tfaccel
 from tfaccel.fit._clusters import first_centroids, group_means, kmeans, nearest
-
-
-def kernels(model):
-    return [np.asarray(v) for v in model.trainable_variables if len(v.shape) > 1]
-
-
-def fit(helpers, small, callbacks=(), optimizer=None, kind="sequential", epochs=2, **options):
-    model = helpers.compile(helpers.build(kind), optimizer, **options)
-    history = model.fit(
-        *small, batch_size=24, epochs=epochs, shuffle=False, verbose=0, callbacks=list(callbacks)
-    )
-    return model, history.history
-
 
 # 1. Pure functions.
 
@@ -185,14 +173,7 @@ def test_all_roads_share_the_same_values(helpers, small):
 @pytest.mark.parametrize("scope", ["layer", "channel"])
 def test_two_replicas_share_what_one_device_does(helpers, small, scope):
     def run(strategy):
-        accelerator = tfaccel.Accelerator(strategy, "float32", False)
-        with accelerator.scope():
-            sgd = keras.optimizers.SGD(0.05)
-            model = helpers.compile(helpers.build(), sgd, **accelerator.compile_options())
-        data = accelerator.dataset(*small, batch_size=24, shuffle=False)
-        cluster = tfaccel.ClusterWeights(8, scope=scope)
-        model.fit(data, epochs=2, shuffle=False, verbose=0, callbacks=[cluster])
-        return kernels(model)
+        return kernels(fit_under(strategy, helpers, small, tfaccel.ClusterWeights(8, scope=scope)))
 
     one = run("one_device")
     two = run(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
@@ -201,11 +182,6 @@ def test_two_replicas_share_what_one_device_does(helpers, small, scope):
 
 
 # 5. Again, after, interrupted; with other techniques.
-
-
-class Interrupt(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        raise KeyboardInterrupt
 
 
 def test_fit_twice_after_and_interrupted(helpers, small):

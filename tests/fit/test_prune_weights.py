@@ -1,35 +1,26 @@
 """Pruning: the masks against numpy and against tfmot, held in every kind of step, gone at the end."""
 
+import functools
 import json
 import zipfile
 
 import keras
 import numpy as np
 import pytest
+import small_fits
 import tensorflow as tf
+from small_fits import Interrupt, fit_under, kernels
 
 import tfaccel
 from tfaccel.fit import _masks as masks
 from tfaccel.fit.prune_weights import parse_pattern
 from tfaccel.fit.sparsity_schedule import is_mask_step, plan, polynomial_progress
 
-
-def kernels(model):
-    return [np.asarray(v) for v in model.trainable_variables if len(v.shape) > 1]
+fit = functools.partial(small_fits.fit, epochs=3)
 
 
 def sparsity_of(value):
     return float((np.asarray(value) == 0).mean())
-
-
-def fit(helpers, small, callbacks=(), optimizer=None, kind="sequential", epochs=3, data=None, **options):
-    model = helpers.compile(helpers.build(kind), optimizer, **options)
-    arguments = {"epochs": epochs, "shuffle": False, "verbose": 0, "callbacks": list(callbacks)}
-    if data is None:
-        history = model.fit(*small, batch_size=24, **arguments)
-    else:
-        history = model.fit(data, **arguments)
-    return model, history.history
 
 
 # 1. Pure functions.
@@ -221,14 +212,7 @@ def test_the_accelerators_own_loop_prunes_the_same_weights(helpers, small, kerne
 @pytest.mark.parametrize("arguments", [{}, {"scope": "global"}, {"importance": "movement"}])
 def test_two_replicas_prune_what_one_device_does(helpers, small, arguments):
     def run(strategy):
-        accelerator = tfaccel.Accelerator(strategy, "float32", False)
-        with accelerator.scope():
-            sgd = keras.optimizers.SGD(0.05)
-            model = helpers.compile(helpers.build(), sgd, **accelerator.compile_options())
-        data = accelerator.dataset(*small, batch_size=24, shuffle=False)
-        prune = tfaccel.PruneWeights(0.7, **arguments)
-        model.fit(data, epochs=3, shuffle=False, verbose=0, callbacks=[prune])
-        return kernels(model)
+        return kernels(fit_under(strategy, helpers, small, tfaccel.PruneWeights(0.7, **arguments), epochs=3))
 
     one = run("one_device")
     two = run(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
@@ -238,12 +222,6 @@ def test_two_replicas_prune_what_one_device_does(helpers, small, arguments):
 
 
 # 5. Again, after, and interrupted.
-
-
-class Interrupt(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        if epoch == 1:
-            raise KeyboardInterrupt
 
 
 def test_fit_twice_and_plain_fit_behind(helpers, small):
@@ -261,7 +239,7 @@ def test_an_interrupted_fit_leaves_a_plain_model(helpers, small):
     model = helpers.compile(helpers.build())
     with pytest.raises(KeyboardInterrupt):
         model.fit(
-            *small, batch_size=24, epochs=3, verbose=0, callbacks=[tfaccel.PruneWeights(0.7), Interrupt()]
+            *small, batch_size=24, epochs=3, verbose=0, callbacks=[tfaccel.PruneWeights(0.7), Interrupt(1)]
         )
     model.fit(*small, batch_size=24, verbose=0)
     assert sparsity_of(kernels(model)[1]) < 0.4, "only those stay zero whose inputs are"
@@ -278,7 +256,7 @@ def test_a_resumed_run_prunes_what_an_undisturbed_one_does(helpers, small, tmp_p
 
     model = helpers.compile(helpers.build(), keras.optimizers.SGD(0.05))
     with pytest.raises(KeyboardInterrupt):
-        model.fit(*small, **arguments, callbacks=[tfaccel.PruneWeights(0.7), backup(), Interrupt()])
+        model.fit(*small, **arguments, callbacks=[tfaccel.PruneWeights(0.7), backup(), Interrupt(1)])
     again = helpers.compile(helpers.build(), keras.optimizers.SGD(0.05))
     again.fit(*small, **arguments, callbacks=[tfaccel.PruneWeights(0.7), backup()])
     for a, b in zip(kernels(again), kernels(expected), strict=True):

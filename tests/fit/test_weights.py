@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_fits import Interrupt
 
 from tfaccel.fit._weights import WeightUpdates
 
@@ -94,11 +95,6 @@ def test_trap_c_ema_overwrites_at_the_end(helpers, small):
     masked = Masked()
     fit(helpers, small, [masked], keras.optimizers.Adam(1e-2, use_ema=True))
     assert masked.held()
-
-
-class Interrupt(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        raise KeyboardInterrupt
 
 
 def test_trap_d_interrupted_fit(helpers, small):
