@@ -62,10 +62,17 @@ def test_max_drop_takes_the_labels_of_calibration(helpers, small, tmp_path):
 
 
 def test_bad_arguments_at_construction(tmp_path):
-    with pytest.raises(ValueError, match="needs calibration"):
-        tfaccel.ExportTFLite(tmp_path / "m.tflite", "int8")
     with pytest.raises(ValueError, match="recipe='tiny'"):
         tfaccel.ExportTFLite(tmp_path / "m.tflite", "tiny")
+
+
+def test_without_samples_or_learned_ranges_the_fit_does_not_begin(helpers, small, tmp_path):
+    model = helpers.compile(helpers.build())
+    before = model.get_weights()
+    export = tfaccel.ExportTFLite(tmp_path / "m.tflite", "int8")
+    with pytest.raises(ValueError, match="needs calibration"):
+        model.fit(*small, verbose=0, callbacks=[export])
+    np.testing.assert_array_equal(model.get_weights()[0], before[0])
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,13 @@ import keras
 import numpy as np
 
 from tfaccel.errors import refuse
+from tfaccel.export.arguments import check_arguments, check_data, check_path, no_ranges
 from tfaccel.export.file import TFLiteFile
+from tfaccel.export.recipes import find_recipe
 from tfaccel.export.search import AutoRecipe
 from tfaccel.export.selection import check_layers
-from tfaccel.export.tflite import (
-    check_arguments,
-    check_data,
-    check_path,
-    export_tflite,
-)
-from tfaccel.keras_fixes.callback_siblings import changer_behind
+from tfaccel.export.tflite import export_tflite
+from tfaccel.keras_fixes.callback_siblings import changer_behind, siblings
 from tfaccel.keras_fixes.metric_direction import rises
 
 
@@ -36,7 +33,8 @@ class ExportTFLite(keras.callbacks.Callback):
     Args:
         path: Where the file goes; its folder must exist.
         recipe: As for `export_tflite`; `"auto"` and an `AutoRecipe` too.
-        calibration: Real samples; needed for fixed ranges such as `"int8"`.
+        calibration: Real samples; needed for fixed ranges such as `"int8"`, unless `QuantizeAware` is listed
+            before.
         evaluate: Labelled data or a function, for `max_drop`; default the labels of `calibration`.
         max_drop: How much the score may fall; more raises `ExportError` when training is over, with
             the trained model unharmed.
@@ -107,12 +105,33 @@ class ExportTFLite(keras.callbacks.Callback):
             signature = self.options.get("input_signature")
             check_data(self.model, self.calibration, self.evaluate, self.max_drop, signature)
             check_layers(self.options.get("layers"), self.model)
-        other = changer_behind(self)
+        self._check_ranges()
+        others = siblings(self)
+        behind = others[others.index(self) + 1 :]
+        settling = (each for each in behind if getattr(each, "settles_weights", False))
+        other = changer_behind(self) or next(settling, None)
         if other is not None:
             raise ValueError(
                 f"ExportTFLite is listed before {type(other).__name__}, which changes the weights "
                 "when training ends: another model would be exported than the one you keep. "
                 "Allowed: ExportTFLite behind it. List it last."
+            )
+
+    def _check_ranges(self) -> None:
+        """Without samples a callback before this one has to learn the ranges, and of the weights it takes."""
+        if self.calibration is not None or isinstance(self.recipe, AutoRecipe) or self.recipe == "auto":
+            return
+        recipe = find_recipe(self.recipe)
+        if not recipe.needs_calibration:
+            return
+        if recipe.activation_bits not in [getattr(each, "activation_bits", None) for each in siblings(self)]:
+            raise no_ranges(recipe)
+        if self.monitor is not None:
+            raise refuse(
+                "monitor",
+                self.monitor,
+                f"None with {recipe.name!r} and no calibration: learned ranges are of the last epoch",
+                "Pass calibration=x_train too.",
             )
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:

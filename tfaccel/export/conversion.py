@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfaccel.export.errors import ExportError
@@ -45,6 +46,7 @@ def convert_model(
     fixed_ranges: bool = False,
     allow_select_ops: bool = False,
     lengths: list[tuple[int, ...]] | None = None,
+    values: list[np.ndarray] | None = None,
 ) -> Converted:
     """Converts in float32, whatever the model computes in; with an open batch size where that can be.
 
@@ -56,6 +58,7 @@ def convert_model(
         allow_select_ops: Whether operations may be TensorFlow's own where LiteRT has none.
         lengths: The shapes of real samples, one an input: where a length stays open, the file is written with
             this one.
+        values: Of the weights, trainable ones first; default the model's own.
 
     Raises:
         ExportError: TensorFlow's converter refuses, or a loop can't be unrolled.
@@ -66,7 +69,7 @@ def convert_model(
     with computing_in_float32(model), _unrolled(loops if fixed_ranges else []):
         if not loops or fixed_ranges:
             try:
-                return _convert(ServingFunction(model, input_signature), allow_select_ops, lengths)
+                return _convert(ServingFunction(model, input_signature), allow_select_ops, lengths, values)
             except ExportError as error:
                 if LOOP_OPERATION not in str(error):
                     raise
@@ -75,7 +78,9 @@ def convert_model(
                         f"A loop in {model.name!r} can't be converted to fixed ranges: they are not known "
                         "inside. Nothing was written. Take 'dynamic_int8', which measures them as it runs."
                     ) from error
-        return _convert(ServingFunction(model, input_signature, batch_size=1), allow_select_ops, lengths)
+        return _convert(
+            ServingFunction(model, input_signature, batch_size=1), allow_select_ops, lengths, values
+        )
 
 
 @contextlib.contextmanager
@@ -108,10 +113,13 @@ def _steps(layer: keras.layers.RNN) -> int | None:
 
 
 def _convert(
-    serving: ServingFunction, allow_select_ops: bool, lengths: list[tuple[int, ...]] | None
+    serving: ServingFunction,
+    allow_select_ops: bool,
+    lengths: list[tuple[int, ...]] | None,
+    values: list[np.ndarray] | None,
 ) -> Converted:
     with tempfile.TemporaryDirectory() as folder:
-        serving.save(folder)
+        serving.save(folder, values)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
         converter.experimental_enable_resource_variables = bool(serving.states)
         if allow_select_ops:

@@ -182,6 +182,16 @@ def measure_ranges(content: bytes, names: list[str], samples: Samples, batch_siz
     return ranges
 
 
+def with_learned(ranges: Ranges, learned: Mapping[str, tuple[float, float]]) -> Ranges:
+    """The measured ranges, with those in their places that the model was trained with."""
+    spans = {name: span for name, span in learned.items() if name in ranges}
+    shapes = {name: ranges[name]["min"].shape for name in spans}
+    return ranges | {
+        name: {"min": np.full(shapes[name], low, "float32"), "max": np.full(shapes[name], high, "float32")}
+        for name, (low, high) in spans.items()
+    }
+
+
 def _give_room(known: dict[str, np.ndarray]) -> None:
     """A range that is a scale: what is always zero here, such as a dead unit, gets one up to 1.
 

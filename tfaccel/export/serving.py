@@ -134,17 +134,21 @@ class ServingFunction:
                 state.assign(value)
         return {name: np.concatenate([_as_numpy(part[name]) for part in parts]) for name in parts[0]}
 
-    def save(self, directory: str) -> None:
+    def save(self, directory: str, values: list[np.ndarray] | None = None) -> None:
         """Writes a SavedModel with the signature `serving_default`, and notes whose operations are whose.
 
         The weights go in as copies with names of their own. Saving the model's variables fails on
         layer names with a leading underscore or a dot, with an error about "root scope names" or,
         where Keras's layers are tracked, "'NoneType' object is not callable". The states of stateful
         layers become variables of the file, zero at the start.
+
+        Args:
+            directory: Where it goes.
+            values: Of the weights, trainable ones first; default the model's own.
         """
         module = tf.Module()
         variables = self.model.trainable_variables + self.model.non_trainable_variables
-        module.copies = _copies(variables)
+        module.copies = _copies(variables if values is None else values)
         module.states = [tf.Variable(tf.zeros(state.shape, state.dtype)) for state in self.states]
 
         def call(*flat: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -225,8 +229,8 @@ def _unique(names: list[str]) -> list[str]:
     return [n if cleaned.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(cleaned)]
 
 
-def _copies(variables: list[keras.Variable]) -> list[tf.Variable]:
-    values = [keras.ops.convert_to_numpy(variable) for variable in variables]
+def _copies(weights: list[Any]) -> list[tf.Variable]:
+    values = [keras.ops.convert_to_numpy(weight) for weight in weights]
     return [tf.Variable(value, trainable=False, name=f"weight_{i}") for i, value in enumerate(values)]
 
 

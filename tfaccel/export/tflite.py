@@ -10,31 +10,27 @@ Integer-Arithmetic-Only Inference", https://arxiv.org/abs/1712.05877.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-from tfaccel.errors import refuse
+from tfaccel.export.arguments import CALIBRATION_SAMPLES, check_arguments, check_path, check_ranges_known
 from tfaccel.export.calibration import check_for_ranges, check_values
 from tfaccel.export.errors import ExportError
 from tfaccel.export.file import TFLiteFile, write_candidate, write_unproven
-from tfaccel.export.metadata import check_metadata
 from tfaccel.export.recipes import RECIPES, Recipe, find_recipe
 from tfaccel.export.report import report_layers
 from tfaccel.export.samples import Samples, collect_samples, make_up_samples
-from tfaccel.export.scoring import Scorer, accuracy, is_function, labels_of, scoring_data
+from tfaccel.export.scoring import Scorer
 from tfaccel.export.search import AutoRecipe, Search
-from tfaccel.export.selection import Selector, check_layers, check_selection, recipes_by_operation
+from tfaccel.export.selection import Selector, check_layers, recipes_by_operation
 from tfaccel.export.serving import ServingFunction
 from tfaccel.export.workbench import Candidate, Workbench
 from tfaccel.keras_fixes.half_precision import computes_in_half_precision
-
-CALIBRATION_SAMPLES = 500
+from tfaccel.learned_ranges import LearnedRanges, recall
 
 
 def export_tflite(
@@ -70,7 +66,9 @@ def export_tflite(
         calibration: Real samples: arrays, `(x, y)`, a `tf.data.Dataset` (of batches or samples, with
             or without labels) or a `keras.utils.PyDataset`. Fixed ranges (`"int8"` and the like) need
             them; of the other integer recipes they decide how weights are rounded, and all are compared on
-            them. Up to 500 are used: of arrays and a `PyDataset` from all over, of a dataset the first.
+            them. Up to 500 are used: of arrays and a `PyDataset` from all over, of a dataset the first. A
+            model that was trained with `QuantizeAware`, and not changed since, needs none: the ranges that it
+            learnt are taken, and what lies inside of layers is measured on rows of its training data.
         evaluate: What `max_drop` is measured on: labelled data `(x, y)`, a dataset of `(x, y)`, or a
             function that is given `predict` (arrays to outputs, nested as the model's) and returns a score,
             higher is better. Labelled data of a classifier is scored by accuracy, 0..1. Default: the labels
@@ -119,6 +117,7 @@ def export_tflite(
         strict=strict,
         allow_select_ops=allow_select_ops,
     )
+    check_ranges_known(model, recipe, calibration)
     if recipe == "auto" or isinstance(recipe, AutoRecipe):
         options = recipe if isinstance(recipe, AutoRecipe) else AutoRecipe()
         ranged = RECIPES["int8" if calibration is not None else "dynamic_int8"]
@@ -157,121 +156,22 @@ def make_bench(
     serving.trace()
     if recipe.weight_bits < 32:
         serving.check_outputs_are_several()
-    samples = _samples(serving, calibration).whole_batches(serving.batch_size)
+    learned = recall(model, recipe.activation_bits) if recipe.needs_calibration else None
+    samples = _samples(serving, calibration, learned).whole_batches(serving.batch_size)
     scorer = None
     if evaluate is not None or max_drop is not None:
         scorer = Scorer(serving, evaluate, calibration)
     if not samples.made_up:
         check_values(samples, "calibration")
-        if recipe.needs_calibration:
+        if recipe.needs_calibration and learned is None:
             check_for_ranges(serving, samples, scorer.samples if scorer and evaluate is not None else None)
-    return Workbench(model, serving, samples, scorer, input_signature, allow_select_ops)
+    return Workbench(model, serving, samples, scorer, input_signature, allow_select_ops, learned)
 
 
-def check_path(path: str | os.PathLike) -> pathlib.Path:
-    """The path, once it is clear that a file can be written there.
-
-    Raises:
-        ValueError: No such folder, no permission, or the path is a folder.
-    """
-    target = pathlib.Path(path)
-    folder = target.parent
-    problem = None
-    if not folder.is_dir():
-        problem = f"the folder {str(folder)!r} does not exist"
-    elif target.is_dir():
-        problem = "it is a folder"
-    elif not os.access(folder, os.W_OK):
-        problem = f"the folder {str(folder)!r} is not writable"
-    if problem:
-        raise ValueError(
-            f"path={str(target)!r} can't be written: {problem}. Allowed: a file in a folder that "
-            "exists and is writable. Make the folder first."
-        )
-    return target
-
-
-def check_arguments(
-    name: str | AutoRecipe,
-    calibration: Any,
-    evaluate: Any,
-    max_drop: float | None,
-    *,
-    layers: Mapping[Selector, str] | None = None,
-    metadata: dict[str, Any] | None = None,
-    strict: bool = False,
-    allow_select_ops: bool = False,
-) -> None:
-    """Raises ValueError for arguments that contradict one another."""
-    check_metadata(metadata)
-    if isinstance(name, AutoRecipe) or name == "auto":
-        recipe = RECIPES["dynamic_int8"]
-        for argument, given in (
-            ("layers", layers),
-            ("strict", strict),
-            ("allow_select_ops", allow_select_ops),
-        ):
-            if given:
-                raise refuse(argument, given, "a recipe by name with it; 'auto' tries many", "Leave it out.")
-        if max_drop is None:
-            raise ValueError(
-                "recipe='auto' needs max_drop, which was not given. Allowed: a fraction, 0..1. Pass "
-                "evaluate=(x_test, y_test), max_drop=0.005 for half a percentage point."
-            )
-    else:
-        recipe = find_recipe(name)
-        check_selection(layers, recipe)
-    if strict and not recipe.needs_calibration:
-        fixed = ", ".join(repr(each.name) for each in RECIPES.values() if each.needs_calibration)
-        raise refuse(
-            "strict", strict, f"it with {fixed}", f"{recipe.name!r} computes in floats by its nature."
-        )
-    if recipe.needs_calibration and calibration is None:
-        raise ValueError(
-            f"recipe={recipe.name!r} needs calibration data, which was not given. Allowed: arrays, a "
-            "dataset. Pass calibration=x_train, or take 'dynamic_int8', which needs none."
-        )
-    if max_drop is not None:
-        _check_max_drop(max_drop, evaluate, calibration)
-
-
-def _check_max_drop(max_drop: float, evaluate: Any, calibration: Any) -> None:
-    # A function of the user's may score on any scale; accuracy is a fraction.
-    if not 0 <= max_drop <= (math.inf if is_function(evaluate) else 1):
-        raise ValueError(
-            f"max_drop={max_drop!r} is not usable. Allowed: a fraction, 0..1. Half a percentage point "
-            "is 0.005."
-        )
-    if evaluate is None and calibration is None:
-        raise ValueError(
-            "max_drop was given without data to measure it on. Allowed: evaluate=(x, y), a dataset of "
-            "(x, y), a function, or calibration= with labels."
-        )
-
-
-def check_data(
-    model: keras.Model, calibration: Any, evaluate: Any, max_drop: float | None, input_signature: Any
-) -> None:
-    """Looks at the data, so that what can't be used is known before a training.
-
-    Raises:
-        ValueError: Data of another shape, without labels, or outputs that have no accuracy.
-    """
-    serving = ServingFunction(model, input_signature)
+def _samples(serving: ServingFunction, calibration: Any, learned: LearnedRanges | None) -> Samples:
     if calibration is not None:
-        samples = collect_samples(calibration, serving.specs, CALIBRATION_SAMPLES, argument="calibration")
-        check_values(samples, "calibration")
-    if (evaluate is not None or max_drop is not None) and not is_function(evaluate):
-        data, argument = scoring_data(evaluate, calibration)
-        samples = collect_samples(data, serving.specs, serving.batch_size or 64, argument=argument)
-        rows = samples.whole_batches(serving.batch_size)
-        accuracy(labels_of(rows, argument), list(serving.predict(rows).values()))
-
-
-def _samples(serving: ServingFunction, calibration: Any) -> Samples:
-    if calibration is None:
-        return make_up_samples(serving.specs)
-    return collect_samples(calibration, serving.specs, CALIBRATION_SAMPLES, argument="calibration")
+        return collect_samples(calibration, serving.specs, CALIBRATION_SAMPLES, argument="calibration")
+    return Samples(learned.samples) if learned is not None else make_up_samples(serving.specs)
 
 
 def check_candidate(candidate: Candidate, bench: Workbench, max_drop: float | None, strict: bool) -> None:

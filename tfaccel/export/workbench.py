@@ -13,12 +13,19 @@ from tfaccel.export.compare import Parity, compare_with
 from tfaccel.export.conversion import Converted, convert_model
 from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
-from tfaccel.export.quantization import Ranges, bits_to_round, measure_ranges, quantize
+from tfaccel.export.quantization import (
+    Ranges,
+    bits_to_round,
+    measure_ranges,
+    quantize,
+    with_learned,
+)
 from tfaccel.export.recipes import Recipe
 from tfaccel.export.rounding import Rounder
 from tfaccel.export.samples import Samples, spread_indices
 from tfaccel.export.scoring import Score, Scorer
 from tfaccel.export.serving import ServingFunction
+from tfaccel.learned_ranges import LearnedRanges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Workbench:
         scorer: What scores model and file, if anything does.
         input_signature: As for `export_tflite`.
         allow_select_ops: As for `export_tflite`.
+        learned: Ranges that the model was trained with.
     """
 
     def __init__(
@@ -63,6 +71,7 @@ class Workbench:
         scorer: Scorer | None = None,
         input_signature: Any = None,
         allow_select_ops: bool = False,
+        learned: LearnedRanges | None = None,
     ):
         self.model = model
         self.serving = serving
@@ -72,6 +81,7 @@ class Workbench:
         self._input_signature = input_signature
         self._converted: dict[bool, Converted] = {}
         self._ranges: Ranges | None = None
+        self._learned = learned
         self._rounders: dict[bool, Rounder] = {}
         self._reference: dict[str, np.ndarray] | None = None
 
@@ -95,6 +105,9 @@ class Workbench:
         if recipe.needs_calibration and self._ranges is None:
             names = [spec.name for spec in self.serving.specs]
             self._ranges = measure_ranges(float_file.content, names, self.samples, float_file.batch_size)
+            if self._learned is not None:
+                learned = self._learned.in_file(float_file.operations)
+                self._ranges = with_learned(self._ranges, learned)
         ranges = self._ranges if recipe.needs_calibration else None
         content = float_file.content
         bits = bits_to_round(recipe, float_file.operations, chosen)
