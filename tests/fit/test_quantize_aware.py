@@ -4,13 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_fits import Interrupt, fit, fit_under, kernels
 
 import tfaccel
-from tfaccel.fit.quantize_aware import on_grid
-
-
-def kernels(model):
-    return [np.asarray(v) for v in model.trainable_variables if len(v.shape) > 1]
+from tfaccel.fit._rounded_weights import on_grid
 
 
 def off_grid(kernel, bits):
@@ -18,14 +15,6 @@ def off_grid(kernel, bits):
     columns = kernel.reshape(-1, kernel.shape[-1])
     steps = np.abs(columns).max(0) / (2 ** (bits - 1) - 1)
     return float(np.abs(columns / steps - np.round(columns / steps)).max())
-
-
-def fit(helpers, small, callbacks=(), optimizer=None, kind="sequential", epochs=2, **options):
-    model = helpers.compile(helpers.build(kind), optimizer, **options)
-    history = model.fit(
-        *small, batch_size=24, epochs=epochs, shuffle=False, verbose=0, callbacks=list(callbacks)
-    )
-    return model, history.history
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -58,7 +47,7 @@ def test_a_step_is_what_numpy_says():
     exact = rng.normal(size=(6, 3)).astype("float32")
     model.set_weights([exact])
     model.compile(keras.optimizers.SGD(0.1), "mse")
-    model.fit(x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[tfaccel.QuantizeAware(3)])
+    model.fit(x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[tfaccel.QuantizeAware(3, None)])
 
     def rounded(weights):
         scale = np.abs(weights).max(0) / 3
@@ -72,7 +61,7 @@ def test_a_step_is_what_numpy_says():
 
 def test_no_layers_is_bit_identical(helpers, small):
     expected, _ = fit(helpers, small)
-    actual, _ = fit(helpers, small, [tfaccel.QuantizeAware(layers={keras.layers.Layer: 0})])
+    actual, _ = fit(helpers, small, [tfaccel.QuantizeAware(8, None, layers={keras.layers.Layer: 0})])
     for a, b in zip(actual.get_weights(), expected.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -105,10 +94,10 @@ def test_all_roads_end_alike(helpers, small):
     with accelerator.scope():
         fused = helpers.compile(helpers.build(), **accelerator.compile_options())
     data = accelerator.dataset(*small, batch_size=24, shuffle=False)
-    fused.fit(data, epochs=2, verbose=0, callbacks=[tfaccel.QuantizeAware(4)])
-    expected = kernels(fit(helpers, small, [tfaccel.QuantizeAware(4)])[0])
+    fused.fit(data, epochs=2, verbose=0, callbacks=[tfaccel.QuantizeAware(4, None)])
+    expected = kernels(fit(helpers, small, [tfaccel.QuantizeAware(4, None)])[0])
     roads = [{"steps_per_execution": 4}, {"jit_compile": True}, {"run_eagerly": True}]
-    results = [kernels(fit(helpers, small, [tfaccel.QuantizeAware(4)], **road)[0]) for road in roads]
+    results = [kernels(fit(helpers, small, [tfaccel.QuantizeAware(4, None)], **road)[0]) for road in roads]
     for result in [kernels(fused), *results]:
         for a, b in zip(result, expected, strict=True):
             # A weight that ends halfway between two steps may fall to either.
@@ -117,13 +106,7 @@ def test_all_roads_end_alike(helpers, small):
 
 def test_two_replicas_end_where_one_device_does(helpers, small):
     def run(strategy):
-        accelerator = tfaccel.Accelerator(strategy, "float32", False)
-        with accelerator.scope():
-            sgd = keras.optimizers.SGD(0.05)
-            model = helpers.compile(helpers.build(), sgd, **accelerator.compile_options())
-        data = accelerator.dataset(*small, batch_size=24, shuffle=False)
-        model.fit(data, epochs=2, shuffle=False, verbose=0, callbacks=[tfaccel.QuantizeAware(4)])
-        return kernels(model)
+        return kernels(fit_under(strategy, helpers, small, tfaccel.QuantizeAware(4, None)))
 
     one = run("one_device")
     two = run(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
@@ -140,7 +123,7 @@ def test_validation_sees_the_rounded_weights_and_checkpoints_the_exact_ones(help
             self.model.save(tmp_path / "between.keras")
 
     sgd = keras.optimizers.SGD(0.05)
-    model, _ = fit_with_validation(helpers, small, [tfaccel.QuantizeAware(2), Look()], sgd)
+    model, _ = fit_with_validation(helpers, small, [tfaccel.QuantizeAware(2, None), Look()], sgd)
     loss, weights = seen[0]
     assert off_grid(weights[2], 2) > 0.1
     loaded = keras.models.load_model(tmp_path / "between.keras")
@@ -156,11 +139,6 @@ def fit_with_validation(helpers, small, callbacks, optimizer):
         *small, batch_size=24, epochs=2, verbose=0, callbacks=callbacks, validation_data=small
     )
     return model, history.history
-
-
-class Interrupt(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        raise KeyboardInterrupt
 
 
 def test_fit_twice_after_and_interrupted(helpers, small):
@@ -230,6 +208,10 @@ def test_the_file_has_the_weights_exactly(helpers, small, tmp_path):
         ({"bits": 4.0}, "2 to 16"),
         ({"bits": 32}, "2 to 16"),
         ({"begin_epoch": -1}, "an integer ≥ 0"),
+        ({"freeze_norms_epoch": -1}, "an integer ≥ 0"),
+        ({"activation_bits": 4}, "8, 16 or None"),
+        ({"activation_bits": True}, "8, 16 or None"),
+        ({"ranges": "minmax"}, "'moving_average' or 'learned'"),
         ({"layers": {"head": 1}}, "2 to 16"),
         ({"layers": 5}, "a layer's name"),
     ],
@@ -242,6 +224,8 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_what_fit_refuses_before_its_first_step(helpers, small):
     with pytest.raises(ValueError, match="an epoch of this fit"):
         fit(helpers, small, [tfaccel.QuantizeAware(begin_epoch=2)])
+    with pytest.raises(ValueError, match="freeze_norms_epoch=2"):
+        fit(helpers, small, [tfaccel.QuantizeAware(freeze_norms_epoch=2)])
     with pytest.raises(ValueError, match="what matches one of"):
         fit(helpers, small, [tfaccel.QuantizeAware(layers="nothing")])
     model = keras.Sequential([keras.Input((4,)), keras.layers.LayerNormalization()])

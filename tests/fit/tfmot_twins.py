@@ -2,7 +2,7 @@
 
 tfmot sets TF_USE_LEGACY_KERAS for the whole process, so the tests run it in one of its own.
 Writes the kernels of both behind the last step, as `CASE/tfmot/INDEX` and `CASE/tfaccel/INDEX`; what the
-schedules say at each step; and tfmot's clusters.
+schedules say at each step; tfmot's clusters, and its ranges of activations.
 """
 
 import os
@@ -113,6 +113,25 @@ def clusters(rng):
     }
 
 
+def activations(rng):
+    """What tfmot's moving average makes of batches, from the range of the first one on."""
+    from tensorflow_model_optimization.python.core.quantization.keras import quant_ops
+
+    batches = rng.normal(0.5, 1, size=(6, 16, 5)).astype("float32")
+    low, high = tf.Variable(batches[0].min()), tf.Variable(batches[0].max())
+    rounded = [
+        quant_ops.MovingAvgQuantize(
+            tf.constant(batch), low, high, ema_decay=0.99, num_bits=8, is_training=True
+        ).numpy()
+        for batch in batches
+    ]
+    return {
+        "activations/batches": batches,
+        "activations/rounded": np.stack(rounded),
+        "activations/range": np.array([low.numpy(), high.numpy()]),
+    }
+
+
 def main(path):
     sparsity = import_tfmot()
     import tf_keras
@@ -129,8 +148,8 @@ def main(path):
         pruned = sparsity.prune_low_magnitude(twin, **theirs)
         found[f"{name}/tfaccel"] = train(keras, model, x, y, start, [ours])
         found[f"{name}/tfmot"] = train(tf_keras, pruned, x, y, start, [sparsity.UpdatePruningStep()])
-    found |= schedules(sparsity) | clusters(rng)
-    single = {key: found.pop(key) for key in list(found) if key.startswith("clusters")}
+    found |= schedules(sparsity)
+    single = clusters(rng) | activations(rng)
     np.savez(
         path, **single, **{f"{key}/{i}": v for key, values in found.items() for i, v in enumerate(values)}
     )

@@ -80,6 +80,8 @@ class ClusterWeights(keras.callbacks.Callback):
         Vassilvitskii, 2007, https://dl.acm.org/doi/10.5555/1283383.1283494, section 2.2.
     """
 
+    settles_weights = True  # when training ends: what exports them comes behind
+
     def __init__(
         self,
         num_clusters: int = 16,

@@ -85,6 +85,8 @@ class PruneWeights(keras.callbacks.Callback):
         https://arxiv.org/abs/1906.10771, equation 8.
     """
 
+    settles_weights = True  # when training ends: what exports them comes behind
+
     def __init__(
         self,
         sparsity: float | None = None,

@@ -1,27 +1,31 @@
-"""Quantization-aware training of weights inside `fit`: the model learns with the few values that its file
-will have.
+"""Quantization-aware training inside `fit`: the model learns with the few values that its file will have.
 
-When to use: for four bits and fewer, where rounding afterwards loses points; eight rarely need it. Train on
-for a few epochs at a small learning rate, then export: `int4_weights` for four bits, any int8 recipe for
-eight.
+When to use: for four bits and fewer, where rounding afterwards loses points, and for int8 files of nets that
+lose some too (depthwise ones). Train on for a few epochs at a small learning rate, then export: an int8
+recipe for eight bits, `int4_weights` for four.
 
-What it costs: some passes over the weights each step (`benchmarks/compression_overhead.py`).
+What it costs: some passes over the weights and activations each step (`benchmarks/compression_overhead.py`),
+and a conversion when `fit` begins, seconds, to see which values the file rounds.
 
-    values:     s · round(w / s),  s = max |w| / (2 ** (bits − 1) − 1) for each output channel
-    gradients:  as if nothing had been rounded (straight-through)
+    weights:      s · round(w / s),  s = max |w| / (2 ** (bits − 1) − 1) for each output channel
+    activations:  s · round(a / s),  s = (high − low) / 255, one for each value that the file has
+    gradients:    as if nothing had been rounded (straight-through); none where a value was cut off
+
+Batch normalization is folded into the layer before it, in the file. That scales whole channels, so weights
+that are on a grid stay on one, and nothing has to be folded in training. What differs is that training
+normalizes by the batch, and the file by the moving statistics: `freeze_norms_epoch` ends that difference.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from tfaccel.errors import is_whole, refuse
+from tfaccel.fit._activations import RoundedActivations
+from tfaccel.fit._calls import wrap_call
 from tfaccel.fit._choice import (
     Choice,
     Layers,
@@ -31,72 +35,104 @@ from tfaccel.fit._choice import (
     choose_weights,
     skipped_weights,
 )
-from tfaccel.fit._layout import channel_axes
+from tfaccel.fit._rounded_weights import RoundedWeight, read_rounded
 from tfaccel.fit._run import check_begin_epoch, check_order
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.fit.compression_report import CompressionReport, compression_report
+from tfaccel.keras_fixes.inner_layers import inner_layers
+from tfaccel.learned_ranges import find_rounded_tensors, remember
 
-
-def on_grid(values: Any, bits: int, axes: list[int]) -> Any:
-    """Values rounded to a symmetric grid that reaches to the largest of each channel.
-
-    Args:
-        values: A float tensor.
-        bits: Of the integers, 2 to 16; the grid has `2 ** bits - 1` values.
-        axes: The channels' axes: along the others the scale is the same.
-    """
-    whole = tf.cast(values, tf.float32)
-    others = [axis for axis in range(len(values.shape)) if axis not in axes]
-    largest = tf.reduce_max(tf.abs(whole), axis=others, keepdims=True)
-    scale = tf.maximum(largest, 1e-12) / (2 ** (bits - 1) - 1)
-    return tf.cast(tf.round(whole / scale) * scale, values.dtype)
+RANGES = ("moving_average", "learned")
+ARGUMENTS = ("bits", "activation_bits", "ranges", "begin_epoch", "freeze_norms_epoch", "layers")
 
 
 class QuantizeAware(keras.callbacks.Callback):
-    """Trains with weights that are rounded to `bits` in every forward pass, and leaves them rounded.
+    """Trains with weights and activations that are rounded in every forward pass, and leaves a plain model.
 
     The optimizer goes on with the exact weights, so that small updates add up. It all happens in the compiled
     step, so it holds under `steps_per_execution`, XLA, gradient accumulation, mixed precision and every
-    strategy; validation sees the rounded weights too. Behind the last step the model is a plain one, whose
-    weights are on the grid that `export_tflite` gives them: the file has them exactly. Zeros stay zero, and
-    equal weights of a channel stay equal, so it composes with `PruneWeights` and `ClusterWeights`; list it
-    behind them. Activations are not rounded: an int8 file takes their ranges from its calibration samples.
+    strategy; validation sees the rounded model too. Behind the last step nothing of it is left but weights
+    on the grid that `export_tflite` gives them. Zeros stay zero, and equal weights of a channel stay equal,
+    so it composes with `PruneWeights` and `ClusterWeights`; list it behind them.
+
+    Activations are rounded where the int8 file has them, which a conversion when `fit` begins tells. Their
+    ranges are remembered with the model, and `export_tflite(model, path, "int8")` takes them: it needs no
+    calibration data, as long as the weights stay as they are. What layers have inside is measured on up to
+    256 rows of the training data, which are remembered too.
 
     Args:
         bits: Of each weight, 2 to 16. Default 8. A dict in `layers` gives some layers another number.
+        activation_bits: Of each activation: 8 (default) for int8 files, 16 for `"int16x8"`, None leaves
+            activations alone.
+        ranges: `"moving_average"` (default): of the batches' lowest and highest values. `"learned"`: moved
+            by the loss's gradient from those of the first batch on; what is far out is cut off where that
+            serves the loss.
         begin_epoch: The epoch at whose beginning it starts. Default 0.
-        layers: Which layers, as for `PruneWeights`; a dict gives them other bits, and 0 leaves them alone.
+        freeze_norms_epoch: The epoch from which on batch normalizations use their moving statistics, as the
+            file does, and keep them; their scales and offsets go on learning. Default None: never.
+        layers: Whose weights, as for `PruneWeights`; a dict gives them other bits, and 0 leaves them alone.
             Default: all kernels but embeddings; depthwise ones with 8 bits at least, as LiteRT has them.
+            Activations are those of the whole file.
+        input_signature: As for `export_tflite`, for subclassed models that it is needed for.
 
     Raises:
         ValueError: A bad argument; or, when `fit` begins and before its first step, a layer that doesn't
-            exist or is frozen, or weights that aren't finite.
+            exist or is frozen, weights that aren't finite, or a model that no int8 file can be made of.
 
     Example:
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(32), keras.layers.Dense(1)])
         >>> model.compile(keras.optimizers.Adam(1e-3), "mse")
         >>> history = model.fit(
-        ...     np.random.rand(64, 8), np.random.rand(64, 1), verbose=0, callbacks=[tfaccel.QuantizeAware(4)]
+        ...     np.random.rand(64, 8), np.random.rand(64, 1), verbose=0, callbacks=[tfaccel.QuantizeAware()]
         ... )
-        >>> file = tfaccel.export_tflite(model, "four_bits.tflite", "int4_weights")
+        >>> file = tfaccel.export_tflite(model, "eight_bits.tflite", "int8")
 
     Reference:
         Jacob et al., 2018, https://arxiv.org/abs/1712.05877, section 3; straight-through: Bengio et al.,
-        2013, https://arxiv.org/abs/1308.3432, section 2.
+        2013, https://arxiv.org/abs/1308.3432, section 2; learned ranges: Jain et al., 2020,
+        https://arxiv.org/abs/1903.08066; freezing: Krishnamoorthi, 2018, https://arxiv.org/abs/1806.08342.
     """
 
-    def __init__(self, bits: int = 8, *, begin_epoch: int = 0, layers: Layers = None):
+    settles_weights = True  # when training ends: what exports them comes behind
+
+    def __init__(
+        self,
+        bits: int = 8,
+        activation_bits: int | None = 8,
+        *,
+        ranges: str = "moving_average",
+        begin_epoch: int = 0,
+        freeze_norms_epoch: int | None = None,
+        layers: Layers = None,
+        input_signature: Any = None,
+    ):
         super().__init__()
         check_layers(layers)
         own = [each for each in layers.values() if each != 0] if isinstance(layers, Mapping) else []
         for number in (bits, *own):
             if not is_whole(number, 2, 16):
                 raise refuse("bits", number, "an integer, 2 to 16", "8 for int8 files, 4 for int4_weights.")
+        if activation_bits not in (8, 16, None) or activation_bits is True:
+            raise refuse("activation_bits", activation_bits, "8, 16 or None", "8 for int8 files.")
+        if ranges not in RANGES:
+            raise refuse("ranges", ranges, "'moving_average' or 'learned'", "Leave it out for the former.")
         if not is_whole(begin_epoch, 0):
             raise refuse("begin_epoch", begin_epoch, "an integer ≥ 0", "0 is the first epoch.")
-        self.bits, self.begin_epoch, self.layers = bits, begin_epoch, layers
+        if freeze_norms_epoch is not None and not is_whole(freeze_norms_epoch, 0):
+            raise refuse(
+                "freeze_norms_epoch", freeze_norms_epoch, "an integer ≥ 0, or None", "0 is the first epoch."
+            )
+        self.bits, self.activation_bits, self.ranges = bits, activation_bits, ranges
+        self.begin_epoch, self.freeze_norms_epoch, self.layers = begin_epoch, freeze_norms_epoch, layers
+        self.input_signature = input_signature
         self.report: CompressionReport | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._attachment: Attachment | None = None
+        self._frozen: Attachment | None = None
+        self._weights: list[RoundedWeight] = []
+        self._activations: RoundedActivations | None = None
 
     def set_model(self, model: keras.Model) -> None:
         """Takes off what an interrupted fit left on the model."""
@@ -105,31 +141,60 @@ class QuantizeAware(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks, before the first step, that the model can be trained so."""
-        self._attachment, self.report = None, None
+        self._forget()
+        self.report = None
         check_order(self)
         check_begin_epoch(self)
+        if self.freeze_norms_epoch is not None and self.freeze_norms_epoch >= self.params["epochs"]:
+            allowed = f"an epoch of this fit, 0 to {self.params['epochs'] - 1}"
+            raise refuse("freeze_norms_epoch", self.freeze_norms_epoch, allowed, "Train longer, or earlier.")
         self.choices = choose_weights(self.model, self.layers, self.bits, spared=("embedding",))
         self._chosen = [each for each in self.choices if not each.skipped and each.amount]
         check_some(self.model, self.choices, "quantize")
         check_finite(self._chosen)
+        if self.activation_bits is not None:
+            self._activations = self._find_activations(self.activation_bits)
+
+    def _find_activations(self, bits: int) -> RoundedActivations:
+        try:
+            rounding = find_rounded_tensors(self.model, bits, self.input_signature)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"activation_bits={bits} can't be used: no int8 file can be made of {self.model.name!r}. "
+                f"{error} Allowed: what export_tflite takes with 'int8'. Pass activation_bits=None to round "
+                "weights only."
+            ) from error
+        return RoundedActivations(self.model, rounding, bits, by_gradient=self.ranges == "learned")
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Starts in the first epoch that is not before `begin_epoch`."""
-        if self._attachment is not None or not self._chosen or epoch < self.begin_epoch:
-            return
-        self._weights = [_Rounded(each, self._bits(each)) for each in self._chosen]
-        layers = {id(each.layer): each.layer for each in self._chosen}
-        undo = [_reading_rounded(layer) for layer in layers.values()]
+        """Starts, and freezes, in the first epoch that is not before theirs."""
+        if self._attachment is None and epoch >= self.begin_epoch and (self._chosen or self._activations):
+            self._weights = [RoundedWeight(each, self._bits(each)) for each in self._chosen]
+            layers = {id(each.layer): each.layer for each in self._chosen}
+            undo = [each.restore for each in self._weights]
+            undo += [read_rounded(layer) for layer in layers.values()]
+            if self._activations is not None:
+                undo.append(self._activations.attach())
+            self._attachment = self._attach(undo)
+        if self._frozen is None and self.freeze_norms_epoch is not None and epoch >= self.freeze_norms_epoch:
+            norms = [each for each in inner_layers(self.model) if hasattr(each, "moving_variance")]
+            self._frozen = self._attach([wrap_call(layer, _at_inference) for layer in norms])
 
-        def take_off() -> None:
-            for step in (*undo, *(each.restore for each in self._weights)):
-                step()
+    def _attach(self, undo: list[Callable[[], None]]) -> Attachment:
+        """Traces everything anew, now and when it comes off."""
+
+        def trace_again() -> None:
             self.model.make_test_function(force=True)
             self.model.make_predict_function(force=True)
 
-        self._attachment = Attachment(self.model, take_off)
-        self.model.make_test_function(force=True)
-        self.model.make_predict_function(force=True)
+        def take_off() -> None:
+            for step in reversed(undo):
+                step()
+            trace_again()
+
+        attachment = Attachment(self.model, take_off)
+        trace_again()
+        return attachment
 
     def _bits(self, choice: Choice) -> int:
         """LiteRT has no depthwise convolution of less than eight bits."""
@@ -138,82 +203,27 @@ class QuantizeAware(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Rounds the weights, and makes the model a plain one."""
-        if self._attachment is not None:
-            self._attachment.detach()
-            for each in self._weights:
-                each.variable.assign(on_grid(tf.convert_to_tensor(each.variable.value), each.bits, each.axes))
-            self._attachment, self._weights = None, []
+        for attachment in (self._frozen, self._attachment):
+            if attachment is not None:
+                attachment.detach()
+        for each in self._weights:
+            each.settle()
+        learned = self._activations.learned() if self._activations is not None else None
+        if learned is not None:
+            remember(self.model, learned)
+        self._forget()
         self.report = compression_report(self.model, skipped=skipped_weights(self.choices))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments."""
-        return {name: getattr(self, name) for name in ("bits", "begin_epoch", "layers")}
+        return {name: getattr(self, name) for name in ARGUMENTS}
 
     def __repr__(self) -> str:
         """The call that makes the same callback."""
-        return f"QuantizeAware({self.bits}, begin_epoch={self.begin_epoch}, layers={self.layers!r})"
+        given = [f"{name}={getattr(self, name)!r}" for name in ARGUMENTS[1:]]
+        return f"QuantizeAware({self.bits}, {', '.join(given)})"
 
 
-class _Reading(threading.local):
-    """Whether this thread is inside of a layer that reads rounded weights."""
-
-    depth = 0
-
-
-_reading = _Reading()
-
-
-class _Rounded:
-    """A variable that is read rounded inside of its layer's call, until `restore()`.
-
-    Args:
-        choice: The weight.
-        bits: It is read with.
-    """
-
-    def __init__(self, choice: Choice, bits: int):
-        self.variable, self.bits = choice.variable, bits
-        self.axes = channel_axes(choice.layer, choice.variable)
-        self._plain = plain = type(choice.variable)
-        axes = self.axes
-
-        class RoundedVariable(plain):  # type: ignore[misc, valid-type]
-            """The optimizer, a saved file and a checkpoint see the exact values; the layer sees these."""
-
-            @property
-            def value(self) -> Any:
-                exact = plain.value.fget(self)
-                if not _reading.depth:
-                    return exact
-                exact = tf.convert_to_tensor(exact)
-                return exact + tf.stop_gradient(on_grid(exact, bits, axes) - exact)
-
-        RoundedVariable.__name__ = plain.__name__
-        choice.variable.__class__ = RoundedVariable
-
-    def restore(self) -> None:
-        """Makes it the plain variable that it was."""
-        self.variable.__class__ = self._plain
-
-
-def _reading_rounded(layer: keras.layers.Layer) -> Callable[[], None]:
-    """Lets a layer read rounded weights in its `call`; gives back the undo."""
-    shadowed = vars(layer).get("call")
-    call = layer.call
-
-    @functools.wraps(call)
-    def call_rounded(*args: Any, **kwargs: Any) -> Any:
-        _reading.depth += 1
-        try:
-            return call(*args, **kwargs)
-        finally:
-            _reading.depth -= 1
-
-    def undo() -> None:
-        if shadowed is None:
-            del layer.call
-        else:
-            layer.call = shadowed
-
-    layer.call = call_rounded
-    return undo
+def _at_inference(call: Any, inputs: Any, **kwargs: Any) -> Any:
+    """A batch normalization's call, as the file has it."""
+    return call(inputs, **{**kwargs, "training": False})

@@ -19,7 +19,7 @@ import tensorflow as tf
 from tfaccel.errors import is_number, is_whole, refuse
 from tfaccel.fit import _masks as masks
 from tfaccel.fit._choice import Layers, check_finite, check_layers, choose_weights
-from tfaccel.fit.quantize_aware import on_grid
+from tfaccel.fit._rounded_weights import on_grid
 from tfaccel.plots import new_figure
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
