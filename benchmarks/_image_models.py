@@ -1,4 +1,4 @@
-"""Two small CIFAR-10 nets, trained once and kept: what the export benchmarks quantize."""
+"""Small image nets, trained once and kept: what the export and compression benchmarks work on."""
 
 import pathlib
 import time
@@ -11,15 +11,16 @@ from keras import layers
 
 import tfaccel
 
-NAMES = ("residual", "separable")
-EPOCHS = {"residual": 14, "separable": 14}
+NAMES = ("residual", "separable")  # of CIFAR-10; "plain" is of Fashion-MNIST
+EPOCHS = {"residual": 14, "separable": 14, "plain": 10}
 
 
 def trained(name: str) -> tuple[keras.Model, dict[str, np.ndarray]]:
-    """The net with its weights, from the cache or trained now, and CIFAR-10 as float32 0..1."""
-    data = datasets.load("cifar10")
+    """The net with its weights, from the cache or trained now, and its images as float32 0..1."""
+    data = datasets.load(_data(name))
     for split in ("train", "test"):
-        data[f"x_{split}"] = data[f"x_{split}"].astype("float32") / 255
+        images = data[f"x_{split}"].astype("float32") / 255
+        data[f"x_{split}"] = images if images.ndim == 4 else images[..., None]
     path = kept(name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +33,11 @@ def trained(name: str) -> tuple[keras.Model, dict[str, np.ndarray]]:
 
 def kept(name: str) -> pathlib.Path:
     """Where the trained net lies."""
-    return datasets.cache().parent / "models" / f"cifar10-{name}.keras"
+    return datasets.cache().parent / "models" / f"{_data(name)}-{name}.keras"
+
+
+def _data(name: str) -> str:
+    return "fashion_mnist" if name == "plain" else "cifar10"
 
 
 def train(name: str, data: dict[str, np.ndarray]) -> keras.Model:
@@ -90,9 +95,9 @@ def _batches(data: dict[str, np.ndarray], seed: int) -> tf.data.Dataset:
 
 
 def build(name: str) -> keras.Model:
-    """A quarter-width ResNet-9, or a MobileNet of eight separable blocks."""
-    inputs = keras.Input((32, 32, 3), name="image")
-    x = _residual(inputs) if name == "residual" else _separable(inputs)
+    """A quarter-width ResNet-9, a MobileNet of eight separable blocks, or five convolutions."""
+    inputs = keras.Input((28, 28, 1) if name == "plain" else (32, 32, 3), name="image")
+    x = {"residual": _residual, "separable": _separable, "plain": _plain}[name](inputs)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     return keras.Model(inputs, layers.Dense(10, name="scores")(x), name=name)
 
@@ -119,6 +124,12 @@ def _separable(x):
     return x
 
 
+def _plain(x):
+    for index, (units, strides) in enumerate([(16, 1), (32, 2), (32, 1), (64, 2), (64, 1)]):
+        x = _block(x, units, f"block_{index}", strides)
+    return x
+
+
 def _block(x, units: int, name: str, strides: int = 1, size: int = 3):
     x = layers.Conv2D(units, size, strides, padding="same", use_bias=False, name=f"{name}_conv")(x)
     return layers.ReLU(name=f"{name}_relu")(layers.BatchNormalization(name=f"{name}_norm")(x))
@@ -128,7 +139,7 @@ def _shift_and_flip(images, labels):
     padded = tf.pad(images, [[0, 0], [4, 4], [4, 4], [0, 0]])
     rows = tf.shape(images)[0]
     offsets = tf.random.uniform([rows, 2], 0, 9, tf.int32)
-    at = offsets[:, None, :] + tf.range(32)[None, :, None]
+    at = offsets[:, None, :] + tf.range(images.shape[1])[None, :, None]
     shifted = tf.gather(padded, at[..., 0], axis=1, batch_dims=1)
     shifted = tf.gather(shifted, at[..., 1], axis=2, batch_dims=1)
     flip = tf.random.uniform([rows, 1, 1, 1]) < 0.5
