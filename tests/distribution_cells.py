@@ -174,7 +174,7 @@ def run(strategy, cell):
     try:
         accelerator = tfaccel.Accelerator(
             strategy,
-            cell["precision"],
+            keras.DTypePolicy(cell["precision"]),  # by name, a CPU without float16 would refuse it
             cell["jit"],
             cell["kernels"],
             steps_per_execution=cell["steps_per_execution"],

@@ -44,7 +44,7 @@ def test_every_pair_occurs():
 
 def train(helpers, small, cell, plain):
     accelerator = tfaccel.Accelerator(
-        precision=cell["precision"],
+        precision=keras.DTypePolicy(cell["precision"]),  # by name, a CPU without float16 would refuse it
         jit=False if plain else cell["jit"],
         kernels="plain" if plain else "fused",
         steps_per_execution=1 if plain else cell["steps"],
