@@ -35,7 +35,7 @@ def test_something_was_found():
 
 def test_all_is_sorted_and_complete():
     public = {n for n, v in vars(tfaccel).items() if not n.startswith("_") and not inspect.ismodule(v)}
-    assert set(tfaccel.__all__) == public | {"launch"}
+    assert set(tfaccel.__all__) == public | {"launch", "schedules"}
     for module in (tfaccel, tfaccel.launch):
         assert sorted(module.__all__) == list(module.__all__)
 
@@ -92,13 +92,14 @@ def test_example_runs(name, tmp_path, monkeypatch):
     [
         tfaccel.OneCycle(1e-2, warmup_epochs=2, momentum_range=None),
         tfaccel.WarmupCosine(0.1, warmup=0.2),
+        tfaccel.LearningRate(0.1, tfaccel.schedules.warmup(tfaccel.schedules.cosine(), 0.2)),
         tfaccel.Throughput(verbose=1),
         tfaccel.ExportTFLite("model.tflite", "float16"),
     ],
     ids=lambda callback: type(callback).__name__,
 )
 def test_repr_makes_the_callback_again(callback):
-    again = eval(repr(callback), dict(OBJECTS))
+    again = eval(repr(callback), OBJECTS | {"schedules": tfaccel.schedules})
     assert repr(again) == repr(callback)
     assert type(again).__name__ in CALLBACKS
 

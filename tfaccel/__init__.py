@@ -13,11 +13,14 @@ from tfaccel.export.search import AutoRecipe, SearchReport
 from tfaccel.export.tflite import export_tflite
 from tfaccel.export.trials import Trial
 from tfaccel.fast_kernels.predictor import predictor
+from tfaccel.fit import schedules
 from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, CompressionRow, compression_report
-from tfaccel.fit.learning_rate import OneCycle, WarmupCosine
+from tfaccel.fit.find_learning_rate import LearningRateCurve, find_learning_rate
+from tfaccel.fit.learning_rate import LearningRate, OneCycle, WarmupCosine
 from tfaccel.fit.prune_weights import PruneWeights
 from tfaccel.fit.quantize_aware import QuantizeAware
+from tfaccel.fit.schedule_plot import plot_schedule
 from tfaccel.fit.sensitivity import SensitivityReport, SensitivityRow, sensitivity
 from tfaccel.fit.sparsity_schedule import PruningSchedule
 from tfaccel.fit.throughput import Throughput
@@ -37,6 +40,8 @@ __all__ = [
     "Latency",
     "LayerReport",
     "LayerRow",
+    "LearningRate",
+    "LearningRateCurve",
     "OneCycle",
     "Parity",
     "PruneWeights",
@@ -54,8 +59,11 @@ __all__ = [
     "compare",
     "compression_report",
     "export_tflite",
+    "find_learning_rate",
     "launch",
     "layer_report",
+    "plot_schedule",
     "predictor",
+    "schedules",
     "sensitivity",
 ]

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tfaccel
-from tfaccel.fit.learning_rate import one_cycle, warmup_cosine
+from tfaccel.fit._curves import one_cycle, warmup_cosine
 
 EPOCHS, BATCH = 3, 24  # 240 samples: 10 steps an epoch
 

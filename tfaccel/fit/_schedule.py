@@ -6,14 +6,13 @@ a forgotten detach in another is the bug that this file rules out.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tfaccel.errors import is_number, is_whole, refuse
 from tfaccel.fit._optimizer import Curve, drive, inner_optimizer, momentum_name
 from tfaccel.fit._run import updates_done, updates_per_epoch
 from tfaccel.fit._session import Attachment, detach_leftovers
@@ -27,37 +26,25 @@ class ScheduleCallback(keras.callbacks.Callback):
     """Drives the learning rate along a curve of the run's progress.
 
     Args:
-        warmup: Where the peak lies, as a fraction of the run; or None.
-        warmup_epochs: The same in epochs; or None.
-        default_warmup: The fraction where both are None.
+        max_learning_rate: The peak.
         steps_per_epoch: Batches an epoch, for data of unknown length; or None to ask `fit`.
     """
 
-    def __init__(
-        self,
-        max_learning_rate: float,
-        warmup: float | None,
-        warmup_epochs: float | None,
-        default_warmup: float,
-        fractions: tuple[float, float],
-        steps_per_epoch: int | None,
-    ):
+    def __init__(self, max_learning_rate: float, steps_per_epoch: int | None):
         super().__init__()
-        _check(max_learning_rate, warmup, warmup_epochs, fractions, steps_per_epoch)
+        if not (is_number(max_learning_rate, 0) and max_learning_rate > 0):
+            raise refuse("max_learning_rate", max_learning_rate, "a finite number > 0", "Try 1e-2 with Adam.")
+        if steps_per_epoch is not None and not is_whole(steps_per_epoch, 1):
+            raise refuse("steps_per_epoch", steps_per_epoch, "an integer ≥ 1", "Leave it out to ask fit.")
         self.max_learning_rate = float(max_learning_rate)
-        if warmup is None and warmup_epochs is None:
-            warmup = default_warmup
-        self.warmup = warmup
-        self.warmup_epochs = warmup_epochs
-        self.initial_fraction, self.final_fraction = fractions
         self.steps_per_epoch = steps_per_epoch
         self._attachment: Attachment | None = None
 
-    def learning_rate_at(self, progress: Any, warmup: float) -> Any:
-        """The learning rate at `progress` (0..1) of a run whose peak lies at `warmup`."""
+    def learning_rate_at(self, progress: Any, epochs: float) -> Any:
+        """The learning rate at `progress` (0..1) of a run of so many epochs."""
         raise NotImplementedError
 
-    def momentum_at(self, progress: Any, warmup: float) -> Any:
+    def momentum_at(self, progress: Any, epochs: float) -> Any:
         """The momentum at `progress`; None leaves the optimizer's own."""
         return None
 
@@ -75,6 +62,7 @@ class ScheduleCallback(keras.callbacks.Callback):
         check_siblings(self)
         check_whole_executions(self)
         updates_per_epoch(self, self.steps_per_epoch)
+        self.learning_rate_at(tf.constant(0.0), self.params["epochs"])  # says what doesn't fit the run
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Attaches in the first epoch, whose number is not 0 where a run is resumed."""
@@ -83,16 +71,13 @@ class ScheduleCallback(keras.callbacks.Callback):
         per_epoch = updates_per_epoch(self, self.steps_per_epoch)
         epochs = self.params["epochs"]
         last_step = max(int(per_epoch * epochs) - 1, 1)
-        warmup = self.warmup
-        if warmup is None:
-            warmup = min(self.warmup_epochs / epochs, 1.0)
         optimizer = inner_optimizer(self.model.optimizer)
         iterations = updates_done(self.model.optimizer)
 
         def along(curve: Callable[[Any, float], Any]) -> Curve:
-            return lambda step: curve(tf.clip_by_value(step / last_step, 0.0, 1.0), warmup)
+            return lambda step: curve(tf.clip_by_value(step / last_step, 0.0, 1.0), epochs)
 
-        has_momentum = self.momentum_at(tf.constant(0.0), warmup) is not None
+        has_momentum = self.momentum_at(tf.constant(0.0), epochs) is not None
         undo = drive(
             optimizer,
             along(self.learning_rate_at),
@@ -140,33 +125,3 @@ def check_siblings(callback: keras.callbacks.Callback) -> None:
                 f"{type(callback).__name__} and {type(other).__name__} both set the learning rate. "
                 "Allowed: one of them in a fit. Remove the other from callbacks."
             )
-
-
-def _check(
-    max_learning_rate: float,
-    warmup: float | None,
-    warmup_epochs: float | None,
-    fractions: tuple[float, float],
-    steps_per_epoch: int | None,
-) -> None:
-    fields = {"max_learning_rate": max_learning_rate, "warmup": warmup, "warmup_epochs": warmup_epochs}
-    for name, value in fields.items():
-        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
-            _refuse(name, value, "a finite number", "Leave it out for the default, or give a float.")
-    if not max_learning_rate > 0:
-        _refuse("max_learning_rate", max_learning_rate, "a number > 0", "Try 1e-2 with Adam.")
-    if warmup is not None and warmup_epochs is not None:
-        _refuse("warmup", warmup, "warmup or warmup_epochs, not both", "Leave one of them out.")
-    if warmup is not None and not 0 <= warmup <= 1:
-        _refuse("warmup", warmup, "a fraction of the run, 0..1", "For epochs use warmup_epochs.")
-    if warmup_epochs is not None and warmup_epochs < 0:
-        _refuse("warmup_epochs", warmup_epochs, "a number ≥ 0", "Use 0 for no warmup.")
-    for name, value in zip(("initial_fraction", "final_fraction"), fractions, strict=True):
-        if not 0 <= value <= 1:
-            _refuse(name, value, "a fraction of max_learning_rate, 0..1", "1 keeps it constant.")
-    if steps_per_epoch is not None and not (isinstance(steps_per_epoch, int) and steps_per_epoch >= 1):
-        _refuse("steps_per_epoch", steps_per_epoch, "an integer ≥ 1", "Leave it out to ask fit.")
-
-
-def _refuse(name: str, given: object, allowed: str, remedy: str) -> None:
-    raise ValueError(f"{name}={given!r} is not usable. Allowed: {allowed}. {remedy}")

@@ -1,7 +1,8 @@
 """Learning-rate schedules as callbacks: fractions of the run, computed inside the compiled step.
 
 When to use: `OneCycle` to train fast in few epochs with a large learning rate; `WarmupCosine` for long
-runs, transformers and fine-tuning. Cost: a handful of scalar operations a step, no Python.
+runs, transformers and fine-tuning; `LearningRate` for every other shape (`tfaccel.schedules`). Cost: a
+handful of scalar operations a step, no Python.
 
 Why not `keras.optimizers.schedules`: those count absolute steps, which the user has to work out anew
 for every batch size, data set and number of epochs; they hide the value from the logs; and under
@@ -10,66 +11,50 @@ gradient accumulation they are asked for micro-batches instead of updates.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import tensorflow as tf
-
+from tfaccel.errors import is_number, refuse
+from tfaccel.fit._curves import one_cycle, warmup_cosine
 from tfaccel.fit._schedule import ScheduleCallback
+from tfaccel.fit.schedules import Schedule, cosine
 
 
-def one_cycle(
-    progress: Any, warmup: float, initial_fraction: float = 0.04, final_fraction: float = 1e-4
-) -> Any:
-    """The multiplier of the peak: cosine from `initial_fraction` up to 1, then down to `final_fraction`.
+class _Peaked(ScheduleCallback):
+    """What the two schedules with a peak share."""
 
-    Args:
-        progress: Position in the run, 0..1 (scalar or tensor, float).
-        warmup: Where the peak lies, 0..1.
-        initial_fraction: Multiplier at progress 0.
-        final_fraction: Multiplier at progress 1.
+    def __init__(
+        self,
+        max_learning_rate: float,
+        warmup: float | None,
+        warmup_epochs: float | None,
+        default_warmup: float,
+        fractions: tuple[float, float],
+        steps_per_epoch: int | None,
+    ):
+        super().__init__(max_learning_rate, steps_per_epoch)
+        if warmup is not None and warmup_epochs is not None:
+            raise refuse("warmup", warmup, "warmup or warmup_epochs, not both", "Leave one of them out.")
+        if warmup is not None and not (is_number(warmup, 0) and warmup <= 1):
+            raise refuse("warmup", warmup, "a fraction of the run, 0..1", "For epochs use warmup_epochs.")
+        if warmup_epochs is not None and not is_number(warmup_epochs, 0):
+            raise refuse("warmup_epochs", warmup_epochs, "a finite number ≥ 0", "Use 0 for no warmup.")
+        for name, value in zip(("initial_fraction", "final_fraction"), fractions, strict=True):
+            if not (is_number(value, 0) and value <= 1):
+                allowed = "a fraction of max_learning_rate, 0..1"
+                raise refuse(name, value, allowed, "1 keeps it constant.")
+        if warmup is None and warmup_epochs is None:
+            warmup = default_warmup
+        self.warmup, self.warmup_epochs = warmup, warmup_epochs
+        self.initial_fraction, self.final_fraction = fractions
 
-    Reference:
-        Smith & Topin, 2018, "Super-Convergence", https://arxiv.org/abs/1708.07120; with cosine instead
-        of linear legs, as fastai and PyTorch do.
-    """
-    up = _cosine_between(initial_fraction, 1.0, _position(progress, 0.0, warmup))
-    down = _cosine_between(1.0, final_fraction, _position(progress, warmup, 1.0))
-    return tf.where(progress < warmup, up, down)
-
-
-def warmup_cosine(
-    progress: Any, warmup: float, initial_fraction: float = 0.0, final_fraction: float = 0.0
-) -> Any:
-    """The multiplier of the peak: a straight line up to 1, then half a cosine to `final_fraction`.
-
-    Args:
-        progress: Position in the run, 0..1 (scalar or tensor, float).
-        warmup: Where the peak lies, 0..1.
-        initial_fraction: Multiplier at progress 0.
-        final_fraction: Multiplier at progress 1.
-
-    Reference:
-        Loshchilov & Hutter, 2017, "SGDR", https://arxiv.org/abs/1608.03983, equation 5, one period;
-        warmup: Goyal et al., 2017, https://arxiv.org/abs/1706.02677, section 2.2.
-    """
-    up = initial_fraction + (1.0 - initial_fraction) * _position(progress, 0.0, warmup)
-    down = _cosine_between(1.0, final_fraction, _position(progress, warmup, 1.0))
-    return tf.where(progress < warmup, up, down)
+    def peak(self, epochs: float) -> float:
+        """Where the peak lies in a run of so many epochs, 0..1."""
+        if self.warmup_epochs is not None:
+            return min(self.warmup_epochs / epochs, 1.0)
+        return self.warmup if self.warmup is not None else 0.0
 
 
-def _position(progress: Any, begin: float, end: float) -> Any:
-    """Where `progress` lies between `begin` (0) and `end` (1), clipped; 1 where they coincide."""
-    if end <= begin:
-        return tf.ones_like(progress)
-    return tf.clip_by_value((progress - begin) / (end - begin), 0.0, 1.0)
-
-
-def _cosine_between(first: float, last: float, position: Any) -> Any:
-    return last + (first - last) * 0.5 * (1.0 + tf.cos(math.pi * position))
-
-
-class OneCycle(ScheduleCallback):
+class OneCycle(_Peaked):
     """Trains with one rise and one fall of the learning rate over the whole `fit`.
 
     Use it to reach an accuracy in few epochs: a peak 3 to 10 times the constant rate you would take.
@@ -125,17 +110,17 @@ class OneCycle(ScheduleCallback):
                 )
         self.momentum_range = momentum_range
 
-    def learning_rate_at(self, progress: Any, warmup: float) -> Any:
-        """The learning rate at `progress` (0..1) of a run whose peak lies at `warmup`."""
+    def learning_rate_at(self, progress: Any, epochs: float) -> Any:
+        """The learning rate at `progress` (0..1) of a run of so many epochs."""
         fractions = (self.initial_fraction, self.final_fraction)
-        return self.max_learning_rate * one_cycle(progress, warmup, *fractions)
+        return self.max_learning_rate * one_cycle(progress, self.peak(epochs), *fractions)
 
-    def momentum_at(self, progress: Any, warmup: float) -> Any:
+    def momentum_at(self, progress: Any, epochs: float) -> Any:
         """The momentum at `progress`: highest at both ends, lowest at the peak."""
         if self.momentum_range is None:
             return None
         lowest, highest = self.momentum_range
-        return highest - (highest - lowest) * one_cycle(progress, warmup, 0.0, 0.0)
+        return highest - (highest - lowest) * one_cycle(progress, self.peak(epochs), 0.0, 0.0)
 
     def __repr__(self) -> str:
         """The call that makes the same schedule."""
@@ -146,7 +131,7 @@ class OneCycle(ScheduleCallback):
         )
 
 
-class WarmupCosine(ScheduleCallback):
+class WarmupCosine(_Peaked):
     """Raises the learning rate in a straight line, then lets it fall along half a cosine.
 
     Use it for long runs, transformers and fine-tuning. The optimizer keeps its own learning rate once
@@ -192,10 +177,10 @@ class WarmupCosine(ScheduleCallback):
         fractions = (initial_fraction, final_fraction)
         super().__init__(max_learning_rate, warmup, warmup_epochs, 0.1, fractions, steps_per_epoch)
 
-    def learning_rate_at(self, progress: Any, warmup: float) -> Any:
-        """The learning rate at `progress` (0..1) of a run whose peak lies at `warmup`."""
+    def learning_rate_at(self, progress: Any, epochs: float) -> Any:
+        """The learning rate at `progress` (0..1) of a run of so many epochs."""
         fractions = (self.initial_fraction, self.final_fraction)
-        return self.max_learning_rate * warmup_cosine(progress, warmup, *fractions)
+        return self.max_learning_rate * warmup_cosine(progress, self.peak(epochs), *fractions)
 
     def __repr__(self) -> str:
         """The call that makes the same schedule."""
@@ -204,3 +189,52 @@ class WarmupCosine(ScheduleCallback):
             f"warmup_epochs={self.warmup_epochs!r}, initial_fraction={self.initial_fraction!r}, "
             f"final_fraction={self.final_fraction!r})"
         )
+
+
+class LearningRate(ScheduleCallback):
+    """Moves the learning rate along a shape of `tfaccel.schedules`, over the whole `fit`.
+
+    The optimizer keeps its own learning rate once `fit` is over.
+
+    Args:
+        max_learning_rate: What the shape's 1 stands for; > 0.
+        schedule: From `tfaccel.schedules`. Default: `cosine()`.
+        steps_per_epoch: Batches an epoch; only for data of unknown length. Default: asked of `fit`.
+
+    Raises:
+        ValueError: At construction for a bad argument; when `fit` begins, where the schedule is longer than
+            the run, the number of steps can't be told, the optimizer has a compiled-in schedule, or
+            another callback also sets the learning rate.
+
+    Example:
+        >>> from tfaccel import schedules
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        >>> model.compile(keras.optimizers.SGD(0.01), "mse")
+        >>> rate = tfaccel.LearningRate(0.1, schedules.step((3,), unit="epochs"))
+        >>> history = model.fit(np.ones((8, 4)), np.ones((8, 2)), epochs=5, verbose=0, callbacks=[rate])
+        >>> [round(value, 3) for value in history.history["learning_rate"]]
+        [0.1, 0.1, 0.1, 0.01, 0.01]
+
+    Reference:
+        `tfaccel.schedules` names one for each shape.
+    """
+
+    def __init__(
+        self,
+        max_learning_rate: float,
+        schedule: Schedule | None = None,
+        *,
+        steps_per_epoch: int | None = None,
+    ):
+        super().__init__(max_learning_rate, steps_per_epoch)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise refuse("schedule", schedule, "what tfaccel.schedules makes", "Try schedules.cosine().")
+        self.schedule = cosine() if schedule is None else schedule
+
+    def learning_rate_at(self, progress: Any, epochs: float) -> Any:
+        """The learning rate at `progress` (0..1) of a run of so many epochs."""
+        return self.max_learning_rate * self.schedule(progress, epochs)
+
+    def __repr__(self) -> str:
+        """The call that makes the same schedule."""
+        return f"LearningRate({self.max_learning_rate!r}, {self.schedule!r})"
