@@ -25,6 +25,8 @@ from tfaccel.fit.sensitivity import SensitivityReport, SensitivityRow, sensitivi
 from tfaccel.fit.sparsity_schedule import PruningSchedule
 from tfaccel.fit.throughput import Throughput
 from tfaccel.prepare.devices import Devices
+from tfaccel.tuned_options import TunedOptions
+from tfaccel.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -54,6 +56,7 @@ __all__ = [
     "TFLiteFile",
     "Throughput",
     "Trial",
+    "TunedOptions",
     "WarmupCosine",
     "benchmark_tflite",
     "compare",
@@ -66,4 +69,5 @@ __all__ = [
     "predictor",
     "schedules",
     "sensitivity",
+    "tune",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfaccel.errors import refuse
 from tfaccel.fast_kernels.acceleration import accelerate, accelerate_at_compile, release
 from tfaccel.fast_kernels.kernels import Settings
 from tfaccel.keras_fixes import compile_checks
@@ -26,9 +28,10 @@ from tfaccel.prepare.execution import (
     choose_steps_per_execution,
     explain_replicas,
 )
-from tfaccel.prepare.inputs import make_dataset
+from tfaccel.prepare.inputs import is_array_data, make_dataset
 from tfaccel.prepare.precision import choose_precision
 from tfaccel.prepare.strategy import choose_strategy
+from tfaccel.tuned_options import TunedOptions
 
 
 class Accelerator:
@@ -53,6 +56,8 @@ class Accelerator:
         batch_norm: `"auto"`, `"synchronized"` or `"local"`: whether `BatchNormalization` takes its
             statistics over the samples of all replicas, as one device would, or each replica over its own,
             as Keras has it. Default `"auto"`, which synchronizes.
+        tuned: From `tune`: decides precision, jit, kernels, steps_per_execution and the batch size of
+            `dataset` wherever you leave them at their default.
 
     Raises:
         ValueError: Unknown name, or a choice that this machine can't carry out.
@@ -78,6 +83,7 @@ class Accelerator:
         *,
         steps_per_execution: str | int = "auto",
         batch_norm: str = "auto",
+        tuned: TunedOptions | None = None,
     ):
         if keras.backend.backend() != "tensorflow":
             raise ValueError(
@@ -86,14 +92,29 @@ class Accelerator:
             )
         check_no_keras_distribution()
         self.devices = Devices.find()
+        if tuned is not None and not isinstance(tuned, TunedOptions):
+            raise refuse("tuned", tuned, "what tfaccel.tune gave back", "Leave it out for the defaults.")
+        self._tuned = tuned
+        given = {"precision": precision, "jit": jit, "kernels": kernels}
+        given["steps_per_execution"] = steps_per_execution
+        precision, jit, kernels, steps_per_execution = _tuned_or_given(given, tuned)
         # The cheap check comes first: making a strategy may start TensorFlow's runtime.
         self._precision = choose_precision(precision, self.devices)
         self._strategy = choose_strategy(strategy, self.devices)
         self._kernels = choose_kernels(kernels, self.devices, self.strategy)
         self._jit = choose_jit(jit, self.devices, self.strategy)
-        self._steps = choose_steps_per_execution(steps_per_execution, kernels, self.strategy)
+        self._steps_per_execution = choose_steps_per_execution(steps_per_execution, kernels, self.strategy)
         self._batch_norm = choose_batch_norm(batch_norm, self.strategy)
         self._kernels_used: dict[str, str] = {}
+        if tuned is not None:
+            self._give_reason(tuned.reason, [name for name, value in given.items() if value == "auto"])
+
+    def _give_reason(self, reason: str, names: list[str]) -> None:
+        """What `tune` decided has its measurement for a reason, instead of the user's word."""
+        for name in names:
+            choice = getattr(self, f"_{name}")
+            if choice.by_user:
+                setattr(self, f"_{name}", dataclasses.replace(choice, reason=reason))
 
     @property
     def strategy(self) -> tf.distribute.Strategy:
@@ -144,7 +165,7 @@ class Accelerator:
         return Settings(
             fused=fused,
             xla=self._jit.value if self._jit.by_user else None,
-            growing_calls=not self._steps.by_user,
+            growing_calls=not self._steps_per_execution.by_user,
             synchronize=self._batch_norm.value == "synchronized",
         )
 
@@ -228,7 +249,8 @@ class Accelerator:
                 out; a batched `tf.data.Dataset`; a `keras.utils.PyDataset`; a generator of batches.
             y: Targets, for arrays only.
             sample_weight: Weights of the samples, for arrays only.
-            batch_size: Samples a batch over all replicas, for arrays only; default 32, as in `fit`.
+            batch_size: Samples a batch over all replicas, for arrays only; default 32, as in `fit`, or what
+                `tune` chose.
             shuffle: For arrays only: a new order every epoch. Other data keep their own order.
 
         Returns:
@@ -237,11 +259,13 @@ class Accelerator:
         Raises:
             ValueError: Empty or malformed data, or an argument that this kind of data can't take.
         """
+        if batch_size is None and self._tuned is not None and is_array_data(x):
+            batch_size = self._tuned.batch_size
         return make_dataset(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle)
 
     def compile_options(self) -> dict[str, Any]:
         """Keyword arguments for `model.compile`: `jit_compile` and `steps_per_execution`."""
-        return {"jit_compile": self._jit.value, "steps_per_execution": self._steps.value}
+        return {"jit_compile": self._jit.value, "steps_per_execution": self._steps_per_execution.value}
 
     def choices(self) -> dict[str, Choice]:
         """Every choice by its name, each with its value and reason."""
@@ -250,7 +274,7 @@ class Accelerator:
             "precision": self._precision,
             "jit": self._jit,
             "kernels": self._kernels,
-            "steps_per_execution": self._steps,
+            "steps_per_execution": self._steps_per_execution,
             "batch_norm": self._batch_norm,
             **explain_replicas(self.strategy, self.devices),
         }
@@ -278,6 +302,14 @@ class Accelerator:
             values["strategy"] = "one_device"
         shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
         return f"Accelerator({shown})"
+
+
+def _tuned_or_given(given: dict[str, Any], tuned: TunedOptions | None) -> list[Any]:
+    """Your own words come first."""
+    if tuned is None:
+        return list(given.values())
+    found = tuned.chosen.accelerator_options()
+    return [found[name] if value == "auto" else value for name, value in given.items()]
 
 
 def _show(value: object) -> str:

@@ -7,6 +7,7 @@ own global seed. Dropout layers have seeds of their own, among the model's varia
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator
 
@@ -14,6 +15,17 @@ import numpy as np
 from keras.src.backend.common import global_state
 from tensorflow.python.eager import context
 from tensorflow.python.ops import stateful_random_ops
+
+
+@contextlib.contextmanager
+def layer_names_kept() -> Iterator[None]:
+    """Names the layers made behind the block (`dense`, `dense_1`…) as if none had been made in it."""
+    names = global_state.get_global_attribute("object_name_uids")
+    before = copy.copy(names)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("object_name_uids", before)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def make_dataset(
         isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1
     ):
         raise refuse("batch_size", batch_size, "an integer ≥ 1", "Leave it out for 32.")
-    if not _is_array_like(x):
+    if not is_array_data(x):
         _refuse_array_arguments(x, y, sample_weight, batch_size)
         return _prepare_stream(x)
     if isinstance(x, tuple) and y is None:
@@ -191,7 +191,8 @@ def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
 
 
-def _is_array_like(x: Any) -> bool:
+def is_array_data(x: Any) -> bool:
+    """Whether `fit` would take it as arrays: anything with a shape, nested or not."""
     leaves = keras.tree.flatten(x)
     some = any(leaf is not None for leaf in leaves)
     return some and all(
