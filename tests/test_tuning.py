@@ -16,7 +16,7 @@ import tensorflow as tf
 from distribution_cells import Batches
 
 import tfaccel
-from tfaccel import tuned_options, tuning_search
+from tfaccel import cli, tuned_options, tuning_search
 from tfaccel.prepare.candidates import Candidate, TrialRow, ways_to_step
 from tfaccel.prepare.devices import Devices
 from tfaccel.tuned_options import TunedOptions
@@ -357,3 +357,39 @@ except ValueError as error:
         timeout=120,
     )
     assert "tune on one" in done.stdout, done.stderr[-1000:]
+
+
+SCRIPT = """
+import keras
+
+def build_model(**options):
+    model = keras.Sequential([keras.Input((7, 7, 1)), keras.layers.Flatten(), keras.layers.Dense(10)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), **options)
+    return model
+
+number = 3
+if __name__ == "__main__":
+    raise SystemExit("the script was run")
+"""
+
+
+def test_on_the_command_line(small, tmp_path, capsys):
+    script, data = tmp_path / "net.py", tmp_path / "data.npz"
+    script.write_text(SCRIPT)
+    np.savez(data, x_train=small[0], y_train=small[1])
+    given = ["tune", str(script), str(data), "--budget-s", "1", "--batch-size", "24,48"]
+    assert cli.main(given) == 0
+    printed = capsys.readouterr().out
+    assert "plain Keras" in printed
+    assert "accelerator = tfaccel.Accelerator(precision='float32', jit=" in printed
+    np.savez(data, images=small[0])
+    for bad, text in (
+        (["tune", str(tmp_path / "none.py"), str(data)], "There is no script"),
+        (["tune", str(script), str(data)], "has images. Allowed: x and y"),
+        ([*given, "--epochs", "0"], "has images"),
+    ):
+        assert cli.main(bad) == 2
+        assert text in capsys.readouterr().err
+    np.savez(data, x=small[0], y=small[1])
+    assert cli.main(["tune", str(script), str(data), "--function", "number"]) == 2
+    assert "Allowed: build_model" in capsys.readouterr().err

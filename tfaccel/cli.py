@@ -11,21 +11,17 @@ import json
 import os
 import pathlib
 import sys
-import zipfile
 from collections.abc import Sequence
-
-import keras
 
 import tfaccel
 from tfaccel import launch, scaling, terminal
-from tfaccel.archives import read_archive
+from tfaccel.archives import load_function, load_model, read_samples, read_training_data
 from tfaccel.cluster import find_cluster
 from tfaccel.demo.images import load_images
 from tfaccel.demo.run import run_demo
 from tfaccel.errors import refuse
 from tfaccel.export.recipes import RECIPES
 from tfaccel.export.search import OBJECTIVES
-from tfaccel.keras_fixes.keras_2_files import loading_keras_2
 from tfaccel.launch import kubernetes
 from tfaccel.prepare import execution, precision, strategy
 
@@ -69,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--kernels", default="auto", choices=execution.KERNELS)
     _add_scaling(command)
 
+    _add_tune(commands)
+
     command = _add(commands, "demo", run_demo_command, "train plain and accelerated, then export")
     command.add_argument("--data", metavar="FILE.npz", help="x_train, y_train, x_test, y_test")
     command.add_argument("--output", metavar="DIR", default="tfaccel-demo", help="default: %(default)s")
@@ -90,6 +88,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--runs", type=int, default=200)
     command.add_argument("--threads", type=int, default=1)
     return top
+
+
+def _add_tune(commands) -> None:
+    command = _add(commands, "tune", run_tune, "choose options by training with them for a minute")
+    command.add_argument("script", metavar="SCRIPT.py", help="where the function is")
+    command.add_argument("data", metavar="FILE.npz", help="x and y, or x_train and y_train")
+    command.add_argument(
+        "--function", default="build_model", metavar="NAME", help="of compile options; default: %(default)s"
+    )
+    command.add_argument("--batch-size", type=_numbers, metavar="N,N,…", help="default: 32")
+    command.add_argument("--budget-s", type=float, default=60.0, help="default: %(default)s")
+    command.add_argument("--epochs", type=int, default=10, help="of the run you plan; default: %(default)s")
+    command.add_argument("--anew", action="store_true", help="don't take an earlier outcome")
 
 
 def _add_export(commands) -> None:
@@ -185,7 +196,7 @@ def _run_scaling(options: argparse.Namespace) -> int:
         scaling.parse_bandwidth(options.local_bandwidth),
     )
     if options.model:
-        model = _load_model(options.model)
+        model = load_model(options.model)
         step_ms, size = scaling.measure_step(model, options.batch_size), scaling.gradient_bytes(model)
     elif options.step_ms and options.gradient_mb:
         step_ms, size = options.step_ms, options.gradient_mb * 1e6
@@ -195,6 +206,24 @@ def _run_scaling(options: argparse.Namespace) -> int:
             "--step-ms and --gradient-mb. Save yours with model.save."
         )
     terminal.print_scaling(step_ms, size, scaling.predict_scaling(step_ms, size, options.workers, network))
+    return 0
+
+
+def run_tune(options: argparse.Namespace) -> int:
+    """`tfaccel tune`."""
+    build_model = load_function(options.script, options.function)
+    tuned = tfaccel.tune(
+        build_model,
+        read_training_data(options.data),
+        options.batch_size,
+        options.budget_s,
+        epochs=options.epochs,
+        cache=not options.anew,
+    )
+    print(f"\n{tuned}")
+    print(f"\naccelerator = tfaccel.Accelerator({tuned.arguments()})")
+    if tuned.batch_size:
+        print(f"data = accelerator.dataset(x, y, batch_size={tuned.batch_size})")
     return 0
 
 
@@ -263,9 +292,9 @@ def run_export(options: argparse.Namespace) -> int:
         raise refuse(given[0], searches[given[0]], "with --recipe auto", "Add it, or leave this out.")
     layers = dict(each.split("=", 1) for each in options.layer)
     labels = pathlib.Path(options.labels).read_text().splitlines() if options.labels else None
-    model = _load_model(options.model)
-    calibration = _read_samples(options.calibration, model) if options.calibration else None
-    evaluate = _read_samples(options.evaluate, model) if options.evaluate else None
+    model = load_model(options.model)
+    calibration = read_samples(options.calibration, model) if options.calibration else None
+    evaluate = read_samples(options.evaluate, model) if options.evaluate else None
     with terminal.ExportProgress() as progress:
         recipe = options.recipe
         if recipe == "auto":
@@ -291,8 +320,8 @@ def run_export(options: argparse.Namespace) -> int:
 
 def run_compare(options: argparse.Namespace) -> int:
     """`tfaccel compare`."""
-    model = _load_model(options.model)
-    samples = _read_samples(options.samples, model)
+    model = load_model(options.model)
+    samples = read_samples(options.samples, model)
     print(tfaccel.compare(model, options.path, samples))
     if options.layers or options.plot:
         layers = tfaccel.layer_report(model, options.path, samples)
@@ -306,37 +335,3 @@ def run_bench(options: argparse.Namespace) -> int:
     """`tfaccel bench`."""
     print(tfaccel.benchmark_tflite(options.path, runs=options.runs, num_threads=options.threads))
     return 0
-
-
-def _load_model(path: str) -> keras.Model:
-    if path.endswith(".keras") and pathlib.Path(path).is_file() and not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} is damaged: it is not a whole .keras file. Allowed: one that model.save() has written "
-            "to the end. Save or copy it again."
-        )
-    try:
-        with loading_keras_2():
-            return keras.models.load_model(path, compile=False)
-    except TypeError as error:
-        raise ValueError(
-            f"{path} can't be loaded: {str(error).splitlines()[0]} Allowed: a .keras file of Keras's own "
-            "layers. Use tfaccel.export_tflite in Python for custom ones."
-        ) from error
-
-
-def _read_samples(path: str, model: keras.Model) -> tuple:
-    """`(x,)` or `(x, y)` of a `.npz` file; `x_test` and `y_test` where it has no `x`.
-
-    Of a model with several inputs the arrays are named as they are, beside `y`.
-    """
-    arrays = read_archive(path)
-    for x, y in (("x", "y"), ("x_test", "y_test")):
-        if x in arrays:
-            return (arrays[x], arrays[y]) if y in arrays else (arrays[x],)
-    if len(model.inputs or ()) > 1:
-        labels = arrays.pop("y", None)
-        return (arrays,) if labels is None else (arrays, labels)
-    raise ValueError(
-        f"{path} has {', '.join(arrays) or 'no arrays'}. Allowed: an array x (and y), or x_test (and "
-        "y_test). Write it with np.savez(path, x=..., y=...)."
-    )

@@ -71,11 +71,10 @@ class TunedOptions:
         """Samples a batch; None where the data came in batches."""
         return self.chosen.batch_size
 
-    def compile_options(self) -> dict[str, Any]:
-        """Keyword arguments for `model.compile` where no `Accelerator` is used; kernels are left out then."""
-        steps = self.chosen.steps_per_execution
-        jit = self.chosen.jit
-        return {"jit_compile": jit, "steps_per_execution": "auto" if steps == "auto" else steps}
+    def arguments(self) -> str:
+        """Those of `Accelerator`, as you would write them into a script."""
+        options = self.chosen.accelerator_options().items()
+        return ", ".join(f"{name}={value!r}" for name, value in options)
 
     def __str__(self) -> str:
         """A table: time of a step, of compiling, of the run; against plain Keras; why not."""
