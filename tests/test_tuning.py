@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from distribution_cells import Batches
+from distribution_cells import Batches, mirrored
 
 import tfaccel
 from tfaccel import cli, tuned_options, tuning_search
@@ -76,7 +76,7 @@ def test_the_whole_search(small, capsys):
     for row in usable:
         steps = 100 * (10 if row.candidate.batch_size == 24 else 5)
         assert row.run_s == pytest.approx(row.compile_s + steps * row.step_ms / 1e3)
-    assert {"jit_compile": True, "steps_per_execution": 32} in made
+    assert {"jit_compile": False, "steps_per_execution": 32} in made
     assert tuned.speedup > 1
     printed = capsys.readouterr().out
     assert printed.count("ms a step") + printed.count("slow") >= len(tuned.rows)
@@ -145,7 +145,8 @@ def _with_bfloat16(find=Devices.find):
     return dataclasses.replace(find(), bfloat16=True)
 
 
-def test_what_fails_is_said_and_the_search_goes_on(small):
+def test_what_fails_is_said_and_the_search_goes_on(small, monkeypatch):
+    monkeypatch.setattr(tuning_search, "ways_to_step", lambda *args: ways_to_step(*args)[2:4])
     tuned = tune(builder(NotForXLA), small)
     compiled = [row for row in tuned.rows if row.candidate.jit is True]
     assert compiled
@@ -199,7 +200,7 @@ def test_other_data_and_models(small, one_way, kind):
 
 
 def test_two_replicas(small, one_way):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = mirrored(2)
     tuned = tune(builder(), small, strategy=strategy)
     assert not any("failed" in row.note for row in tuned.rows)
 

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from distribution_cells import mirrored
 from small_fits import Interrupt, fit, fit_under, kernels
 
 import tfaccel
@@ -176,7 +177,7 @@ def test_two_replicas_share_what_one_device_does(helpers, small, scope):
         return kernels(fit_under(strategy, helpers, small, tfaccel.ClusterWeights(8, scope=scope)))
 
     one = run("one_device")
-    two = run(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    two = run(mirrored(2))
     for a, b in zip(two, one, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)  # sums in another order, 20 steps
 

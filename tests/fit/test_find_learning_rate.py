@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from distribution_cells import mirrored
 
 import tfaccel
 from tfaccel.fit.find_learning_rate import longest_fall
@@ -108,7 +109,7 @@ def test_accumulated_losses_are_means(helpers, small):
 
 def test_two_replicas_see_what_one_device_sees(helpers, small):
     found = []
-    for strategy in ("one_device", tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
+    for strategy in ("one_device", mirrored(2)):
         accelerator = tfaccel.Accelerator(strategy, "float32", False)
         with accelerator.scope():
             model = helpers.compile(

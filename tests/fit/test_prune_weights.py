@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import small_fits
 import tensorflow as tf
+from distribution_cells import mirrored
 from small_fits import Interrupt, fit_under, kernels
 
 import tfaccel
@@ -215,7 +216,7 @@ def test_two_replicas_prune_what_one_device_does(helpers, small, arguments):
         return kernels(fit_under(strategy, helpers, small, tfaccel.PruneWeights(0.7, **arguments), epochs=3))
 
     one = run("one_device")
-    two = run(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    two = run(mirrored(2))
     for a, b in zip(two, one, strict=True):
         np.testing.assert_array_equal(a == 0, b == 0)
         np.testing.assert_allclose(a, b, atol=1e-5)  # sums in another order, 30 steps

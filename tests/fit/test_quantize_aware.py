@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from distribution_cells import mirrored
 from small_fits import Interrupt, fit, fit_under, kernels
 
 import tfaccel
@@ -109,7 +110,7 @@ def test_two_replicas_end_where_one_device_does(helpers, small):
         return kernels(fit_under(strategy, helpers, small, tfaccel.QuantizeAware(4, None)))
 
     one = run("one_device")
-    two = run(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    two = run(mirrored(2))
     for a, b in zip(two, one, strict=True):
         assert np.mean(np.abs(a - b) > 1e-4) < 0.02
 

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from distribution_cells import mirrored
 from small_fits import Interrupt, fit, fit_under
 
 import tfaccel
@@ -323,7 +324,7 @@ def test_two_replicas_learn_what_one_device_does(helpers, small, tmp_path):
     spans = {}
     for name, strategy in (
         ("one", "one_device"),
-        ("two", tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])),
+        ("two", mirrored(2)),
     ):
         model = fit_under(strategy, helpers, small, tfaccel.QuantizeAware())
         spans[name] = np.array(recall(model, 8).spans)

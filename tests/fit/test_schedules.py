@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from distribution_cells import mirrored
 from small_fits import fit_under
 
 import tfaccel
@@ -167,7 +168,7 @@ def test_two_replicas_follow_it(helpers, small):
     """Against one device, with XLA off and four steps a call."""
     callback = lambda: tfaccel.LearningRate(0.05, schedules.warmup_stable_decay())  # noqa: E731
     one = fit_under("one_device", helpers, small, callback())
-    two = fit_under(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), helpers, small, callback())
+    two = fit_under(mirrored(2), helpers, small, callback())
     for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
