@@ -147,6 +147,16 @@ def test_replicas_draw_the_rows_of_one_device(dtype, shape):
         np.testing.assert_array_equal(tf.concat(rows, 0), whole)
 
 
+@pytest.mark.parametrize("rows", [3, 4, 5])
+def test_a_share_draws_its_rows_with_philox_too(rows):
+    """As XLA draws: the generator's own key is four drawn words, which are no batch of four."""
+    share = Share(*(tf.constant(number) for number in (rows, rows, 3 * rows)))
+    with drawing_rows(share):
+        part = tf.random.stateless_uniform([rows, 8], [1, 2], alg="philox")
+    whole = tf.random.stateless_uniform([3 * rows, 8], [1, 2], alg="philox")
+    np.testing.assert_array_equal(part, whole[rows : 2 * rows])
+
+
 def test_canary_batch_norm_keeps_statistics_of_each_replica(strategy):
     model = fit(stock(strategy, keras.layers.BatchNormalization))
     own = [v.numpy() for v in model.layers[1].moving_mean.value.values]

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.ops import gen_stateless_random_ops_v2
+from tensorflow.python.ops import gen_stateless_random_ops_v2, random_ops_util
 
 from tfaccel.keras_fixes.patch import Patch, all_active
 from tfaccel.keras_fixes.sample_share import Share
@@ -89,8 +89,23 @@ _PATCHES = tuple(
 )
 
 
+def _draw_whole(original: Callable, setting: Callable[[], Share | None]) -> Callable:
+    """Philox's own key is four drawn words, which a share of four rows would take for its batch."""
+
+    def scramble(seed: Any) -> Any:
+        if setting() is None:
+            return original(seed)
+        with all_active(_PATCHES, None):
+            return original(seed)
+
+    return scramble
+
+
+_KEY_PATCH = Patch(random_ops_util, "_philox_scramble_seed", _draw_whole)
+
+
 @contextlib.contextmanager
 def drawing_rows(share: Share) -> Iterator[None]:
     """Lets layers that this thread traces draw the numbers of `share`'s rows while the block lasts."""
-    with all_active(_PATCHES, share):
+    with all_active((*_PATCHES, _KEY_PATCH), share):
         yield
