@@ -33,8 +33,7 @@ def state(model):
     [
         (False, 1, None, "float32"),
         (True, 4, 2, "float32"),
-        (False, 4, None, "mixed_float16"),
-        (True, 1, None, "mixed_bfloat16"),
+        (True, 1, None, "mixed_float16"),
     ],
 )
 def test_nothing_is_left_of_it(helpers, small, jit, steps_per_execution, accumulation, policy):

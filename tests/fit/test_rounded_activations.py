@@ -228,7 +228,6 @@ AXES = [
     (residual, "mixed_bfloat16", True, 4, None, 8, "learned", 17),
     (residual, "mixed_float16", False, 4, 2, 16, "moving_average", 38),
     (twice, "float32", True, 1, 2, 8, "learned", 38),
-    (twice, "mixed_float16", False, 4, None, 8, "moving_average", 30),
     (attention, "float32", False, 4, 2, 8, "moving_average", 20),
     (attention, "mixed_bfloat16", False, 1, None, 16, "learned", 30),
     (recurrent, "float32", False, 1, None, 8, "moving_average", 22),
