@@ -18,6 +18,7 @@ from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, CompressionRow, compression_report
 from tfaccel.fit.find_learning_rate import LearningRateCurve, find_learning_rate
 from tfaccel.fit.learning_rate import LearningRate, OneCycle, WarmupCosine
+from tfaccel.fit.plateau import Plateau
 from tfaccel.fit.prune_weights import PruneWeights
 from tfaccel.fit.quantize_aware import QuantizeAware
 from tfaccel.fit.schedule_plot import plot_schedule
@@ -46,6 +47,7 @@ __all__ = [
     "LearningRateCurve",
     "OneCycle",
     "Parity",
+    "Plateau",
     "PruneWeights",
     "PruningSchedule",
     "QuantizeAware",

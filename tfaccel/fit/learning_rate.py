@@ -16,6 +16,7 @@ from typing import Any
 from tfaccel.errors import is_number, refuse
 from tfaccel.fit._curves import one_cycle, warmup_cosine
 from tfaccel.fit._schedule import ScheduleCallback
+from tfaccel.fit.plateau import Plateau, PlateauState
 from tfaccel.fit.schedules import Schedule, cosine
 
 
@@ -199,12 +200,15 @@ class LearningRate(ScheduleCallback):
     Args:
         max_learning_rate: What the shape's 1 stands for; > 0.
         schedule: From `tfaccel.schedules`. Default: `cosine()`.
+        plateau: When it falls besides, because a figure has stopped getting better; or None. Where
+            `BackupAndRestore` resumes the run, it goes on where it was.
         steps_per_epoch: Batches an epoch; only for data of unknown length. Default: asked of `fit`.
 
     Raises:
         ValueError: At construction for a bad argument; when `fit` begins, where the schedule is longer than
             the run, the number of steps can't be told, the optimizer has a compiled-in schedule, or
-            another callback also sets the learning rate.
+            another callback also sets the learning rate; after an epoch, where the plateau's figure is
+            not in the logs.
 
     Example:
         >>> from tfaccel import schedules
@@ -224,17 +228,50 @@ class LearningRate(ScheduleCallback):
         max_learning_rate: float,
         schedule: Schedule | None = None,
         *,
+        plateau: Plateau | None = None,
         steps_per_epoch: int | None = None,
     ):
         super().__init__(max_learning_rate, steps_per_epoch)
+        if plateau is not None and not isinstance(plateau, Plateau):
+            raise refuse("plateau", plateau, "a tfaccel.Plateau, or None", "Try tfaccel.Plateau().")
         if schedule is not None and not isinstance(schedule, Schedule):
             raise refuse("schedule", schedule, "what tfaccel.schedules makes", "Try schedules.cosine().")
         self.schedule = cosine() if schedule is None else schedule
+        self.plateau = plateau
+        self._plateau_state: PlateauState | None = None
 
     def learning_rate_at(self, progress: Any, epochs: float) -> Any:
         """The learning rate at `progress` (0..1) of a run of so many epochs."""
-        return self.max_learning_rate * self.schedule(progress, epochs)
+        rate = self.max_learning_rate * self.schedule(progress, epochs)
+        return rate if self._plateau_state is None else rate * self._plateau_state.factor.value
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Checks, before the first step, that the schedule can be followed to the end."""
+        self._plateau_state = None
+        super().on_train_begin(logs)
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Attaches in the first epoch, whose number is not 0 where a run is resumed."""
+        if self.plateau is not None and self._plateau_state is None:
+            self._plateau_state = PlateauState(self.plateau, self, epoch)
+        if self._plateau_state is not None:
+            self._plateau_state.begin_epoch()
+        super().on_epoch_begin(epoch, logs)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes `learning_rate`, that of the last update, into the logs; sees to the plateau."""
+        super().on_epoch_end(epoch, logs)
+        if self._plateau_state is not None:
+            self._plateau_state.see(epoch, logs or {})
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Gives the optimizer its own learning rate and momentum back."""
+        super().on_train_end(logs)
+        if self._plateau_state is not None:
+            self._plateau_state.forget()
+            self._plateau_state = None
 
     def __repr__(self) -> str:
         """The call that makes the same schedule."""
-        return f"LearningRate({self.max_learning_rate!r}, {self.schedule!r})"
+        more = "" if self.plateau is None else f", plateau={self.plateau!r}"
+        return f"LearningRate({self.max_learning_rate!r}, {self.schedule!r}{more})"
