@@ -130,3 +130,14 @@ def test_the_command_needs_a_step_to_start_from(capsys):
     assert main(["plan", "--workers", "8"]) == 2
     assert "--step-ms and --gradient-mb" in capsys.readouterr().err
     assert main(["plan", "--workers", "8", "--step-ms", "20", "--gradient-mb", "100"]) == 0
+
+
+def test_plan_with_a_model_tells_its_memory(tmp_path, capsys):
+    model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(1000)])
+    model.save(tmp_path / "model.keras")  # not compiled: Adam is taken
+    assert main(["plan", "--model", str(tmp_path / "model.keras"), "--batch-size", "64"]) == 0
+    estimate, free = capsys.readouterr().out.splitlines()
+    assert "at batch size 64: weights 404 kB, optimizer 808 kB, gradients 404 kB, activations" in estimate
+    assert "are free on one device here" in free
+    assert main(["plan", "--model", str(tmp_path / "model.keras"), "--batch-size", "0"]) == 2
+    assert "batch_size=0" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from tfaccel.fit.sensitivity import SensitivityReport, SensitivityRow, sensitivi
 from tfaccel.fit.sparsity_schedule import PruningSchedule
 from tfaccel.fit.throughput import Throughput
 from tfaccel.prepare.devices import Devices
+from tfaccel.prepare.memory import MemoryEstimate, estimate_memory
 from tfaccel.tuned_options import TunedOptions
 from tfaccel.tuning import tune
 
@@ -45,6 +46,7 @@ __all__ = [
     "LayerRow",
     "LearningRate",
     "LearningRateCurve",
+    "MemoryEstimate",
     "OneCycle",
     "Parity",
     "Plateau",
@@ -63,6 +65,7 @@ __all__ = [
     "benchmark_tflite",
     "compare",
     "compression_report",
+    "estimate_memory",
     "export_tflite",
     "find_learning_rate",
     "launch",

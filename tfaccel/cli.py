@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
 
 import tfaccel
-from tfaccel import launch, scaling, terminal
+from tfaccel import launch, planning, terminal
 from tfaccel.archives import load_function, load_model, read_samples, read_training_data
-from tfaccel.cluster import find_cluster
 from tfaccel.demo.images import load_images
 from tfaccel.demo.run import run_demo
 from tfaccel.errors import refuse
 from tfaccel.export.recipes import RECIPES
 from tfaccel.export.search import OBJECTIVES
 from tfaccel.launch import kubernetes
-from tfaccel.prepare import execution, precision, strategy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,12 +55,8 @@ def parser() -> argparse.ArgumentParser:
     command = _add(commands, "devices", run_devices, "show what this machine has")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
-    command = _add(commands, "plan", run_plan, "show what Accelerator() chooses here, and why")
-    command.add_argument("--strategy", default="auto", choices=strategy.NAMES)
-    command.add_argument("--precision", default="auto", choices=precision.NAMES)
-    command.add_argument("--jit", default="auto", choices=("auto", "on", "off"))
-    command.add_argument("--kernels", default="auto", choices=execution.KERNELS)
-    _add_scaling(command)
+    command = _add(commands, "plan", planning.run_plan, "show what Accelerator() chooses here, and why")
+    planning.add_arguments(command)
 
     _add_tune(commands)
 
@@ -97,7 +90,7 @@ def _add_tune(commands) -> None:
     command.add_argument(
         "--function", default="build_model", metavar="NAME", help="of compile options; default: %(default)s"
     )
-    command.add_argument("--batch-size", type=_numbers, metavar="N,N,…", help="default: 32")
+    command.add_argument("--batch-size", type=planning.numbers, metavar="N,N,…", help="default: 32")
     command.add_argument("--budget-s", type=float, default=60.0, help="default: %(default)s")
     command.add_argument("--epochs", type=int, default=10, help="of the run you plan; default: %(default)s")
     command.add_argument("--anew", action="store_true", help="don't take an earlier outcome")
@@ -121,23 +114,6 @@ def _add_export(commands) -> None:
     search.add_argument("--minimize", choices=OBJECTIVES, help="default: size")
     search.add_argument("--budget-s", type=float, metavar="SECONDS", help="default: no limit")
     search.add_argument("--resume-from", metavar="FILE.jsonl", help="where trials are kept")
-
-
-def _add_scaling(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("scaling", "what more workers would bring, each with its own batch")
-    group.add_argument("--workers", type=_numbers, metavar="N,N,…", help="such as 8,64,512")
-    group.add_argument("--bandwidth", default="10Gb/s", help="of each worker's link; default: %(default)s")
-    group.add_argument("--latency-us", type=float, default=50.0, help="of a message; default: %(default)s")
-    group.add_argument("--devices", type=int, default=1, help="in each worker; default: %(default)s")
-    group.add_argument("--local-bandwidth", default="50GB/s", help="between them; default: %(default)s")
-    group.add_argument("--model", metavar="FILE.keras", help="whose step is measured here")
-    group.add_argument("--batch-size", type=int, default=32, help="of one worker; default: %(default)s")
-    group.add_argument("--step-ms", type=float, help="measured elsewhere, with --gradient-mb, for no model")
-    group.add_argument("--gradient-mb", type=float, help="4 bytes for each trainable weight in float32")
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(each) for each in text.split(",")]
 
 
 def _add_launch(commands) -> None:
@@ -167,45 +143,6 @@ def run_devices(options: argparse.Namespace) -> int:
     """`tfaccel devices`."""
     devices = tfaccel.Devices.find()
     print(json.dumps(vars(devices)) if options.json else devices)
-    return 0
-
-
-def run_plan(options: argparse.Namespace) -> int:
-    """`tfaccel plan`."""
-    if options.workers:
-        return _run_scaling(options)
-    cluster = find_cluster(os.environ)
-    if cluster is not None and options.strategy in ("auto", "multi_worker"):
-        raise ValueError(
-            f"{cluster.source} names {cluster.size} workers, and the strategy would wait until all have "
-            "started. Allowed: plan on one machine. Leave the job's environment, or choose --strategy "
-            "one_device."
-        )
-    jit: str | bool = "auto" if options.jit == "auto" else options.jit == "on"
-    accelerator = tfaccel.Accelerator(options.strategy, options.precision, jit, options.kernels)
-    terminal.print_plan(accelerator)
-    return 0
-
-
-def _run_scaling(options: argparse.Namespace) -> int:
-    """`tfaccel plan --workers`."""
-    network = scaling.Network(
-        scaling.parse_bandwidth(options.bandwidth),
-        options.latency_us / 1e6,
-        options.devices,
-        scaling.parse_bandwidth(options.local_bandwidth),
-    )
-    if options.model:
-        model = load_model(options.model)
-        step_ms, size = scaling.measure_step(model, options.batch_size), scaling.gradient_bytes(model)
-    elif options.step_ms and options.gradient_mb:
-        step_ms, size = options.step_ms, options.gradient_mb * 1e6
-    else:
-        raise ValueError(
-            "--workers needs a step to start from, and none was given. Allowed: --model FILE.keras, or both "
-            "--step-ms and --gradient-mb. Save yours with model.save."
-        )
-    terminal.print_scaling(step_ms, size, scaling.predict_scaling(step_ms, size, options.workers, network))
     return 0
 
 

@@ -65,6 +65,14 @@ def build_state(model: keras.Model, batch: Any) -> None:
         model._symbolic_build(data_batch=keras.tree.pack_sequence_as(batch, shaped))
 
 
+def input_structure(model: keras.Model) -> Any:
+    """The symbolic inputs of a model, nested as it takes them; None for one that has none, a subclassed one.
+
+    `model.inputs` is flat, and `Sequential` has no `input`.
+    """
+    return getattr(getattr(model, "_functional", None) or model, "_inputs_struct", None)
+
+
 def _shaped(spec: Any) -> Any:
     """The shape of one replica's part, its number of rows left open; None for what a batch may leave out."""
     spec = getattr(spec, "_value_specs", [spec])[0]
