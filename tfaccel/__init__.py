@@ -2,6 +2,7 @@
 
 from tfaccel import launch
 from tfaccel.accelerator import Accelerator
+from tfaccel.batch_size import BatchSizes, find_batch_size, scale_learning_rate
 from tfaccel.export.benchmark import Latency, benchmark_tflite
 from tfaccel.export.callback import ExportTFLite
 from tfaccel.export.compare import Parity, compare
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Accelerator",
     "AutoRecipe",
+    "BatchSizes",
     "ClusterWeights",
     "CompressionReport",
     "CompressionRow",
@@ -67,11 +69,13 @@ __all__ = [
     "compression_report",
     "estimate_memory",
     "export_tflite",
+    "find_batch_size",
     "find_learning_rate",
     "launch",
     "layer_report",
     "plot_schedule",
     "predictor",
+    "scale_learning_rate",
     "schedules",
     "sensitivity",
     "tune",
