@@ -8,9 +8,9 @@ median of all turns and its quartiles are printed. The first fits (tracing) are 
 
 Rows: `plain`: bare Keras against itself, which shows the noise. `accelerator`: built and compiled under
 `Accelerator("one_device", "float32", jit=False, kernels="plain")`, the same arrays. `throughput`: bare
-Keras with the Throughput callback. `one_cycle`: with OneCycle at strength zero. `choices`: what
-`Accelerator()` chooses here, with its dataset, against bare Keras: below 1 is faster. `choices+throughput`:
-the callback on top of those choices, against `choices`.
+Keras with the Throughput callback, `profile`: with Profile. `one_cycle`: with OneCycle at strength zero.
+`choices`: what `Accelerator()` chooses here, with its dataset, against bare Keras: below 1 is faster.
+`choices+throughput` and `choices+profile`: the callback on top of those choices, against `choices`.
 """
 
 import argparse
@@ -73,12 +73,18 @@ def main():
             "plain": (make(stack), (x, y), list),
             "accelerator": (make(stack, plain_keras), (x, y), list),
             "throughput": (make(stack), (x, y), lambda: [tfaccel.Throughput()]),
+            "profile": (make(stack), (x, y), lambda: [tfaccel.Profile(verbose=0)]),
             "one_cycle": (make(stack), (x, y), lambda: [tfaccel.OneCycle(1e-3, **flat)]),
             "choices": (make(stack, chosen), (chosen.dataset(x, y),), list),
             "choices+throughput": (
                 make(stack, chosen),
                 (chosen.dataset(x, y),),
                 lambda: [tfaccel.Throughput()],
+            ),
+            "choices+profile": (
+                make(stack, chosen),
+                (chosen.dataset(x, y),),
+                lambda: [tfaccel.Profile(verbose=0)],
             ),
         }
         seconds = {row: [] for row in rows}
@@ -87,7 +93,7 @@ def main():
                 timer = Timer(seconds[row] if turn >= 2 else [])
                 model.fit(*arguments, verbose=0, callbacks=[*callbacks(), timer])
         for row in list(rows)[1:]:
-            baseline = "choices" if row == "choices+throughput" else "bare"
+            baseline = "choices" if row.startswith("choices+") else "bare"
             ratios = sorted(a / b for a, b in zip(seconds[row], seconds[baseline], strict=True))
             print_row(
                 benchmark="overhead",

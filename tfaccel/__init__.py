@@ -20,6 +20,8 @@ from tfaccel.fit.compression_report import CompressionReport, CompressionRow, co
 from tfaccel.fit.find_learning_rate import LearningRateCurve, find_learning_rate
 from tfaccel.fit.learning_rate import LearningRate, OneCycle, WarmupCosine
 from tfaccel.fit.plateau import Plateau
+from tfaccel.fit.profile import Profile
+from tfaccel.fit.profile_report import ProfileReport
 from tfaccel.fit.prune_weights import PruneWeights
 from tfaccel.fit.quantize_aware import QuantizeAware
 from tfaccel.fit.schedule_plot import plot_schedule
@@ -52,6 +54,8 @@ __all__ = [
     "OneCycle",
     "Parity",
     "Plateau",
+    "Profile",
+    "ProfileReport",
     "PruneWeights",
     "PruningSchedule",
     "QuantizeAware",

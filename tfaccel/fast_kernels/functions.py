@@ -27,6 +27,7 @@ class LoopClock:
 
     def __init__(self) -> None:
         self.skip = 0
+        self.watchers: list[Callable[[int, float], None]] = []  # are told steps and seconds of each call
         self.reset()
 
     def reset(self) -> None:
@@ -37,7 +38,7 @@ class LoopClock:
         """What was counted since `reset()`."""
         return self._reading
 
-    def note(self, batches: int, examples: int, waited_s: float) -> None:
+    def note(self, batches: int, examples: int, waited_s: float, seconds: float) -> None:
         """Adds one call; the first of all traced and compiled, and is skipped by who computes rates."""
         now = self._reading
         first = now.batches == 0
@@ -48,6 +49,8 @@ class LoopClock:
             now.batches + batches,
             time.time() if first else now.steady_at,
         )
+        for watcher in self.watchers:
+            watcher(batches, seconds)
 
 
 class FastFunction:
@@ -110,9 +113,10 @@ class FastFunction:
             program = self._program("stream", lambda: stream_loop(self._step(way), way is Way.LOOP))
             logs, *counts = program(source, tf.constant(count))
             count, examples, waited_s = (tensor.numpy().item() for tensor in counts)
+        seconds = time.perf_counter() - started
         chunk.ran(count)
-        self.length.took(count, time.perf_counter() - started)
-        self.clock.note(count, examples, waited_s)
+        self.length.took(count, seconds)
+        self.clock.note(count, examples, waited_s, seconds)
         return logs
 
     def _run_resident(self, source: Pass, first: int, count: int) -> Any:

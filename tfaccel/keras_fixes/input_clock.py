@@ -135,3 +135,11 @@ def watch_running_fit(callback: keras.callbacks.Callback) -> Clock | None:
     clock = InputClock(skip=callback.model.steps_per_execution)
     epoch_iterator._distributed_dataset = clock.watch(dataset)
     return clock
+
+
+def data_source(epoch_iterator: Any) -> str:
+    """Where the batches of a running `fit` come from: `"resident"`, `"arrays"`, `"tf.data"` or `"python"`."""
+    if hasattr(getattr(epoch_iterator, "resident_data", None), "leaves"):
+        return "resident"
+    adapter = type(getattr(epoch_iterator, "data_adapter", None)).__name__
+    return {"ArrayDataAdapter": "arrays", "TFDatasetAdapter": "tf.data"}.get(adapter, "python")
