@@ -4,13 +4,16 @@
 
 Three models, each fitted again and again in one process: bare Keras, then each way of tfaccel, in turn,
 so that the machine's drift meets all alike. A figure is the ratio of step times within one turn; the
-median of all turns and its quartiles are printed. The first fits (tracing) are not counted.
+median of all turns and its quartiles are printed. The first two turns are not counted.
 
 Rows: `plain`: bare Keras against itself, which shows the noise. `accelerator`: built and compiled under
 `Accelerator("one_device", "float32", jit=False, kernels="plain")`, the same arrays. `throughput`: bare
 Keras with the Throughput callback, `profile`: with Profile. `one_cycle`: with OneCycle at strength zero.
-`choices`: what `Accelerator()` chooses here, with its dataset, against bare Keras: below 1 is faster.
-`choices+throughput` and `choices+profile`: the callback on top of those choices, against `choices`.
+`choices`: what `Accelerator(jit=False)` chooses here, with its dataset, against bare Keras: below 1 is faster
+(with XLA, each fit would try it anew).
+`choices+throughput` and `choices+profile`: the callback on top of those choices, against `choices`;
+`choices+layer_rates`: LayerLearningRates with a share for each layer; `choices+all`: OneCycle, that,
+UnfreezeLayers with nothing frozen, and Profile.
 """
 
 import argparse
@@ -23,6 +26,8 @@ from _report import print_row
 
 import tfaccel
 from tfaccel.demo.images import load_images
+
+EPOCHS, SETTLING = 14, 7  # of a fit: the first ones trace, count operations, and find how long a call may be
 
 
 def models():
@@ -65,7 +70,7 @@ def main():
     data = load_images()
     x, y = data["x_train"][:3200], data["y_train"][:3200]
     plain_keras = tfaccel.Accelerator("one_device", "float32", jit=False, kernels="plain")
-    chosen = tfaccel.Accelerator()
+    chosen = tfaccel.Accelerator(jit=False)
     flat = {"initial_fraction": 1, "final_fraction": 1, "momentum_range": None}
     for name, stack in models().items():
         rows = {
@@ -86,12 +91,27 @@ def main():
                 (chosen.dataset(x, y),),
                 lambda: [tfaccel.Profile(verbose=0)],
             ),
+            "choices+layer_rates": (
+                make(stack, chosen),
+                (chosen.dataset(x, y),),
+                lambda: [tfaccel.LayerLearningRates(decay=0.9)],
+            ),
+            "choices+all": (
+                make(stack, chosen),
+                (chosen.dataset(x, y),),
+                lambda: [
+                    tfaccel.OneCycle(1e-3, **flat),
+                    tfaccel.LayerLearningRates(decay=0.9),
+                    tfaccel.UnfreezeLayers(0.0),
+                    tfaccel.Profile(verbose=0),
+                ],
+            ),
         }
         seconds = {row: [] for row in rows}
         for turn in range(options.turns + 2):
             for row, (model, arguments, callbacks) in rows.items():
                 timer = Timer(seconds[row] if turn >= 2 else [])
-                model.fit(*arguments, verbose=0, callbacks=[*callbacks(), timer])
+                model.fit(*arguments, epochs=EPOCHS, verbose=0, callbacks=[*callbacks(), timer])
         for row in list(rows)[1:]:
             baseline = "choices" if row.startswith("choices+") else "bare"
             ratios = sorted(a / b for a, b in zip(seconds[row], seconds[baseline], strict=True))
@@ -108,7 +128,7 @@ def main():
 
 
 class Timer(keras.callbacks.Callback):
-    """Seconds a step from the end of the first execution to the end of the epoch: no setting up.
+    """Seconds of a step: the median over the last epochs, each from end to end, so with all that hooks do.
 
     Args:
         seconds: Is given the figure.
@@ -118,20 +138,18 @@ class Timer(keras.callbacks.Callback):
         super().__init__()
         self.seconds = seconds
 
-    def on_epoch_begin(self, epoch, logs=None):
-        """A new epoch has no first execution yet."""
-        self.first = None
-
-    def on_train_batch_end(self, batch, logs=None):
-        """Notes where the first execution ended, and where the newest one did."""
-        # With several steps per execution Keras counts whole executions, past the end of the data.
-        self.last = (min(batch + 1, self.params["steps"]), time.perf_counter())
-        self.first = self.first or self.last
+    def on_train_begin(self, logs=None):
+        """A new fit."""
+        self.ends = []
 
     def on_epoch_end(self, epoch, logs=None):
-        """Keeps the mean."""
-        (begin, started), (end, ended) = self.first, self.last
-        self.seconds.append((ended - started) / (end - begin))
+        """Notes the moment."""
+        self.ends.append(time.perf_counter())
+
+    def on_train_end(self, logs=None):
+        """Keeps the median."""
+        epochs = np.diff(self.ends)[SETTLING - 1 :]
+        self.seconds.append(float(np.median(epochs)) / self.params["steps"])
 
 
 if __name__ == "__main__":

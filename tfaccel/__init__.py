@@ -18,6 +18,7 @@ from tfaccel.fit import schedules
 from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, CompressionRow, compression_report
 from tfaccel.fit.find_learning_rate import LearningRateCurve, find_learning_rate
+from tfaccel.fit.layer_learning_rates import LayerLearningRates
 from tfaccel.fit.learning_rate import LearningRate, OneCycle, WarmupCosine
 from tfaccel.fit.plateau import Plateau
 from tfaccel.fit.profile import Profile
@@ -28,6 +29,7 @@ from tfaccel.fit.schedule_plot import plot_schedule
 from tfaccel.fit.sensitivity import SensitivityReport, SensitivityRow, sensitivity
 from tfaccel.fit.sparsity_schedule import PruningSchedule
 from tfaccel.fit.throughput import Throughput
+from tfaccel.fit.unfreeze_layers import UnfreezeLayers
 from tfaccel.prepare.devices import Devices
 from tfaccel.prepare.memory import MemoryEstimate, estimate_memory
 from tfaccel.tuned_options import TunedOptions
@@ -46,6 +48,7 @@ __all__ = [
     "ExportError",
     "ExportTFLite",
     "Latency",
+    "LayerLearningRates",
     "LayerReport",
     "LayerRow",
     "LearningRate",
@@ -67,6 +70,7 @@ __all__ = [
     "Throughput",
     "Trial",
     "TunedOptions",
+    "UnfreezeLayers",
     "WarmupCosine",
     "benchmark_tflite",
     "compare",

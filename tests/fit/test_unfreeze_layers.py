@@ -1,0 +1,269 @@
+"""Layers are frozen until their epoch, and everything is as trainable behind the fit as it was before."""
+
+import keras
+import numpy as np
+import pytest
+from distribution_cells import mirrored
+from small_fits import Interrupt, fit
+
+import tfaccel
+from tfaccel.keras_fixes.inner_layers import inner_layers
+
+LATER = {keras.layers.Conv2D: 2}
+
+
+class Weights(keras.callbacks.Callback):
+    """The weights at the end of each epoch."""
+
+    def on_train_begin(self, logs=None):
+        self.seen = [self.model.get_weights()]
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append(self.model.get_weights())
+
+    def moved(self):
+        """For each epoch, whether each variable changed."""
+        pairs = zip(self.seen, self.seen[1:], strict=False)
+        return [[bool((a != b).any()) for a, b in zip(old, new, strict=True)] for old, new in pairs]
+
+
+def unfreeze(layers, unit="epochs"):
+    return tfaccel.UnfreezeLayers(layers, unit=unit)
+
+
+def by_hand(helpers, small, frozen_epochs, epochs, optimizer):
+    """Two fits with layers frozen in the first; the optimizer has state for all."""
+    model = helpers.compile(helpers.build(), optimizer)
+    optimizer.build(model.trainable_variables)
+    model.layers[0].trainable = False
+    model.fit(*small, batch_size=24, epochs=frozen_epochs, shuffle=False, verbose=0)
+    model.layers[0].trainable = True
+    model.make_train_function(force=True)
+    model.fit(*small, batch_size=24, epochs=epochs - frozen_epochs, shuffle=False, verbose=0)
+    return model
+
+
+def test_is_what_freezing_by_hand_gives(helpers, small):
+    expected = by_hand(helpers, small, 2, 3, keras.optimizers.Adam(1e-2))
+    model, _ = fit(helpers, small, [unfreeze(LATER)], keras.optimizers.Adam(1e-2), epochs=3)
+    for a, b in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(model.optimizer.variables, expected.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("layers", [0.0, {keras.layers.Conv2D: 0}])
+def test_frozen_for_no_epoch_is_plain_keras(helpers, small, layers):
+    expected, _ = fit(helpers, small)
+    actual, _ = fit(helpers, small, [unfreeze(layers)])
+    for a, b in zip(actual.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+AXES = [
+    ("float32", False, 1, None, "sequential", "plain"),
+    ("float32", "auto", "auto", None, "functional", "fused"),
+    ("float32", True, 5, 2, "subclassed", "plain"),
+    ("mixed_bfloat16", True, 5, None, "functional", "fused"),
+    ("mixed_float16", False, 5, None, "sequential", "plain"),
+    ("mixed_float16", False, 1, 2, "subclassed", "fused"),
+]
+
+
+@pytest.mark.parametrize(("policy", "jit", "steps", "accumulation", "kind", "kernels"), AXES)
+def test_in_every_kind_of_step(helpers, small, policy, jit, steps, accumulation, kind, kernels):
+    accelerator = tfaccel.Accelerator(
+        "one_device", keras.DTypePolicy(policy), jit, kernels, steps_per_execution=steps
+    )
+    adam = keras.optimizers.Adam(1e-2, gradient_accumulation_steps=accumulation)
+    with accelerator.scope():
+        model = helpers.compile(helpers.build(kind), adam, **accelerator.compile_options())
+    weights = Weights()
+    data = accelerator.dataset(*small, batch_size=24)
+    model.fit(data, epochs=4, verbose=0, callbacks=[unfreeze(LATER), weights])
+    assert weights.moved() == [[False, False, True, True]] * 2 + [[True] * 4] * 2
+
+
+def test_under_a_strategy(helpers, small):
+    expected, _ = fit(helpers, small, [unfreeze(LATER)], keras.optimizers.SGD(0.1), epochs=3)
+    accelerator = tfaccel.Accelerator(mirrored(2), "float32", False)
+    with accelerator.scope():
+        model = helpers.compile(helpers.build(), keras.optimizers.SGD(0.1), **accelerator.compile_options())
+    data = accelerator.dataset(*small, batch_size=24, shuffle=False)
+    weights = Weights()
+    model.fit(data, epochs=3, shuffle=False, verbose=0, callbacks=[unfreeze(LATER), weights])
+    assert weights.moved()[:2] == [[False, False, True, True]] * 2
+    for a, b in zip(model.get_weights(), expected.get_weights(), strict=True):
+        # 30 updates of SGD with gradients summed in another order: 30 × 0.1 × 1e-7 of the gradient's size.
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def deep():
+    layers = keras.layers
+    inner = [keras.Input((7, 7, 1))]
+    for index in range(3):
+        inner += [layers.Conv2D(2, 3, name=f"conv_{index}"), layers.BatchNormalization(name=f"norm_{index}")]
+    backbone = keras.Sequential(inner, name="backbone")
+    return keras.Sequential(
+        [keras.Input((7, 7, 1)), backbone, layers.Flatten(), layers.Dense(10, name="head")]
+    )
+
+
+def test_a_number_spreads_the_layers_evenly(helpers, small):
+    model = helpers.compile(deep())
+    callback = tfaccel.UnfreezeLayers(0.6)
+    model.fit(*small, epochs=10, verbose=0, callbacks=[callback])
+    assert callback.first_epochs == {
+        "head": 0, "conv_2": 2, "norm_2": 2, "conv_1": 4, "norm_1": 4, "conv_0": 6, "norm_0": 6
+    }  # fmt: skip
+
+
+def test_batch_normalization_keeps_its_statistics_while_frozen(helpers, small):
+    model = helpers.compile(deep())
+    weights = Weights()
+    model.fit(*small, epochs=2, verbose=0, callbacks=[unfreeze({"backbone": 1}), weights])
+    names = [variable.path for variable in model.weights]
+    still = {name for name, moves in zip(names, weights.moved()[0], strict=True) if not moves}
+    assert still == {name for name in names if "head" not in name}
+    assert all(weights.moved()[1])
+
+
+def test_flags_are_what_they_were(helpers, small):
+    model = deep()
+    backbone = model.layers[0]
+    backbone.layers[2].trainable = False
+    backbone.layers[1].gamma.trainable = False
+    helpers.compile(model)
+    flags = lambda: (  # noqa: E731
+        [layer.trainable for layer in inner_layers(model)],
+        [v.trainable for v in model.variables],
+    )
+    before = flags()
+    model.fit(*small, epochs=3, verbose=0, callbacks=[unfreeze({"backbone": 1, "conv_0": 2})])
+    assert flags() == before
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(*small, epochs=3, verbose=0, callbacks=[unfreeze({"backbone": 2}), Interrupt()])
+    assert flags() != before
+    model.fit(*small, epochs=1, verbose=0)
+    assert flags() == before
+
+
+def test_fit_twice_saved_and_loaded(helpers, small, tmp_path):
+    callback, weights = unfreeze({keras.layers.Conv2D: 1}), Weights()
+    model, _ = fit(helpers, small, [callback])
+    model.fit(*small, epochs=2, verbose=0, callbacks=[callback, weights])
+    assert weights.moved() == [[False, False, True, True], [True] * 4]
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.layers[0].trainable
+    for each in (model, again):
+        each.fit(*small, batch_size=24, shuffle=False, verbose=0)
+    for a, b in zip(model.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_resumed_run_goes_on_where_it_was(helpers, small, tmp_path):
+    weights = Weights()
+    adam = lambda: keras.optimizers.Adam(1e-2)  # noqa: E731
+    expected, _ = fit(helpers, small, [unfreeze(LATER)], adam(), epochs=4)
+    model = helpers.compile(helpers.build(), adam())
+    fitting = {"batch_size": 24, "epochs": 4, "shuffle": False, "verbose": 0}
+
+    def callbacks():
+        return [keras.callbacks.BackupAndRestore(tmp_path / "backup"), unfreeze(LATER)]
+
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(*small, **fitting, callbacks=[*callbacks(), Interrupt(1)])
+    model = helpers.compile(helpers.build(), adam())
+    model.fit(*small, **fitting, callbacks=[*callbacks(), weights])
+    # The backup is written at the end of an epoch, before the interruption.
+    assert weights.moved()[-2:] == [[True] * 4] * 2
+    for a, b in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_fine_tuning_as_a_whole(helpers, small):
+    """With shares of the rate, a schedule and rounded weights."""
+    model = helpers.compile(deep(), keras.optimizers.AdamW(1e-3))
+    callbacks = [
+        tfaccel.OneCycle(1e-2),
+        tfaccel.LayerLearningRates(decay=0.5),
+        tfaccel.UnfreezeLayers(0.5),
+        tfaccel.QuantizeAware(8, None),
+    ]
+    weights = Weights()
+    history = model.fit(*small, epochs=8, verbose=0, callbacks=[*callbacks, weights]).history
+    assert np.isfinite(history["loss"]).all()
+    moved = np.array(weights.moved())[:, [variable.trainable for variable in model.weights]]
+    assert moved.any(1).all()
+    assert not moved[0].all()
+    assert moved[5].all()
+
+
+def test_a_frozen_part_is_not_differentiated(helpers, small):
+    """That is what makes the step of a head cheap."""
+    flops = []
+    for first in (1, 0):
+        profile = tfaccel.Profile(verbose=0)
+        fit(helpers, small, [profile, unfreeze({keras.layers.Conv2D: first})])
+        flops.append(profile.report.flops)  # of the first epoch's step
+    convolution, dense = 25 * 4 * 9, 100 * 10
+    # Forward and the gradient of the kernel; the one of the input only where something below wants it.
+    assert flops == [2 * 24 * (convolution + 2 * dense), 2 * 24 * (2 * convolution + 3 * dense)]
+
+
+def test_it_says_who_joins(helpers, small, capsys):
+    fit(helpers, small, [tfaccel.UnfreezeLayers({keras.layers.Conv2D: 1}, unit="epochs", verbose=1)])
+    assert "Epoch 2: conv2d" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"layers": {}}, "at least one layer"),
+        ({"layers": {"a": 2}}, "Pass unit='epochs'"),
+        ({"layers": -0.1}, "a fraction of the run"),
+        ({"layers": {"a": float("nan")}}, "layers=nan"),
+        ({"layers": {"a": "late"}}, "layers='late'"),
+        ({"layers": {3: 0.5}}, "a layer's name"),
+        ({"unit": "steps"}, "'run' or 'epochs'"),
+        ({"verbose": 2}, "0 or 1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        tfaccel.UnfreezeLayers(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "words"),
+    [
+        (lambda: [unfreeze({"nowhere": 1})], "what matches one of"),
+        (lambda: [unfreeze({keras.layers.Conv2D: 2})], "would never be trained"),
+        (lambda: [unfreeze({keras.layers.Layer: 1})], "Leave the last one out"),
+        (lambda: [unfreeze(0.0), unfreeze(0.0)], "Two UnfreezeLayers"),
+        (lambda: [unfreeze({keras.layers.Conv2D: 1}), tfaccel.PruneWeights(0.5)], "Compress in a second fit"),
+        (lambda: [tfaccel.ClusterWeights(4), unfreeze({keras.layers.Conv2D: 1})], "Compress in a second fit"),
+    ],
+)
+def test_what_fit_refuses_before_the_first_step(helpers, small, callbacks, words):
+    model = helpers.compile(helpers.build())
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=words):
+        model.fit(*small, epochs=2, verbose=0, callbacks=callbacks())
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_optimizer_for_fewer_weights_is_refused(helpers, small):
+    model = helpers.compile(helpers.build())
+    model.layers[0].trainable = False
+    model.fit(*small, verbose=0)
+    model.layers[0].trainable = True
+    with pytest.raises(ValueError, match="was made when sequential"):
+        model.fit(*small, epochs=3, verbose=0, callbacks=[unfreeze(LATER)])
+
+
+def test_repr_makes_it_again():
+    callback = tfaccel.UnfreezeLayers({"a": 2}, unit="epochs", verbose=1)
+    assert repr(eval(repr(callback), vars(tfaccel))) == repr(callback)

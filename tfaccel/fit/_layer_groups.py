@@ -1,0 +1,53 @@
+"""The layers of a model in the order of its depth, and the variables that a selector means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import keras
+
+from tfaccel.keras_fixes.inner_layers import inner_layers
+from tfaccel.selection import Selector, matches, no_match
+
+
+def by_depth(model: keras.Model) -> list[list[keras.layers.Layer]]:
+    """Groups of the layers that are trained, from the first to the last.
+
+    A model inside of the model is opened; other layers are one each, whatever is inside of them. A layer
+    without a kernel, such as a normalization, belongs to the one before it.
+
+    Args:
+        model: A built model; of a subclassed one, layers come in the order in which they were made.
+    """
+    groups: list[list[keras.layers.Layer]] = []
+    seen: set[int] = set()
+    for layer in _opened(model):
+        if id(layer) in seen or not layer.trainable_variables:
+            continue
+        seen.add(id(layer))
+        if not groups or any(len(variable.shape) > 1 for variable in layer.trainable_variables):
+            groups.append([])
+        groups[-1].append(layer)
+    return groups
+
+
+def _opened(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _opened(layer)
+        else:
+            yield layer
+
+
+def chosen_layers(model: keras.Model, selector: Selector) -> list[keras.layers.Layer]:
+    """The layers with weights to train that a selector means, those in one another left out.
+
+    Raises:
+        ValueError: There are none.
+    """
+    holders = [each for each in inner_layers(model)[1:] if each.trainable_variables]
+    found = [layer for layer in holders if matches(selector, layer)]
+    if not found:
+        raise no_match(selector, (layer.name for layer in holders))
+    inside = {id(each) for layer in found for each in inner_layers(layer)[1:]}
+    return [layer for layer in found if id(layer) not in inside]
