@@ -31,6 +31,7 @@ from tfaccel.fit.sparsity_schedule import PruningSchedule
 from tfaccel.fit.throughput import Throughput
 from tfaccel.fit.unfreeze_layers import UnfreezeLayers
 from tfaccel.prepare.devices import Devices
+from tfaccel.prepare.gpu_memory import limit_gpu_memory
 from tfaccel.prepare.memory import MemoryEstimate, estimate_memory
 from tfaccel.tuned_options import TunedOptions
 from tfaccel.tuning import tune
@@ -81,6 +82,7 @@ __all__ = [
     "find_learning_rate",
     "launch",
     "layer_report",
+    "limit_gpu_memory",
     "plot_schedule",
     "predictor",
     "scale_learning_rate",
