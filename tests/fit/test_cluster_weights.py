@@ -8,7 +8,7 @@ from distribution_cells import mirrored
 from small_fits import Interrupt, fit, fit_under, kernels
 
 import tfaccel
-from tfaccel.fit._clusters import first_centroids, group_means, kmeans, nearest
+from tfaccel.fit._clusters import first_centroids, group_means, kmeans, member_counts, nearest
 
 # 1. Pure functions.
 
@@ -57,7 +57,8 @@ def test_nearest_and_means_by_hand(jit):
     @tf.function(jit_compile=jit)
     def both(values, centroids, counted):
         groups = nearest(values, centroids)
-        return groups, group_means(values, groups, counted, centroids)
+        counts = member_counts(groups, counted, centroids.shape)
+        return groups, group_means(values * counted, groups, counts, centroids)
 
     groups, means = (part.numpy() for part in both(*map(tf.constant, (values, centroids, counted))))
     expected = np.abs(values[:, :, None] - centroids[:, None]).argmin(2)

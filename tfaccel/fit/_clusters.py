@@ -6,6 +6,7 @@ cheap. What runs in the compiled step is a lookup and a sum by group.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -82,21 +83,29 @@ def nearest(values: Any, centroids: Any) -> Any:
     return tf.searchsorted(middles, values, side="left") + tf.range(channels)[:, None] * clusters
 
 
-def group_means(values: Any, groups: Any, weights: Any, otherwise: Any) -> Any:
+def group_means(values: Any, groups: Any, counts: Any, otherwise: Any) -> Any:
     """The mean value of each cluster; `otherwise` where it has no members.
 
     Args:
-        values: (channels, weights).
+        values: (channels, weights); 0 where one is not to count.
         groups: From `nearest`.
-        weights: 1 for what counts and 0 for what doesn't, of the shape of `values`.
+        counts: From `member_counts`.
         otherwise: (channels, clusters).
     """
-    size = otherwise.shape[0] * otherwise.shape[1]
-    sums, counts = (
-        tf.reshape(group_sums(tf.reshape(part, [-1]), tf.reshape(groups, [-1]), size), otherwise.shape)
-        for part in (values * weights, weights)
-    )
-    return tf.where(counts > 0, sums / tf.maximum(counts, 1), otherwise)
+    sums = group_sums(tf.reshape(values, [-1]), tf.reshape(groups, [-1]), math.prod(otherwise.shape))
+    return tf.where(counts > 0, tf.reshape(sums, otherwise.shape) / tf.maximum(counts, 1), otherwise)
+
+
+def member_counts(groups: Any, counted: Any, shape: Any) -> Any:
+    """How many members each cluster has; float32 of `shape`, (channels, clusters).
+
+    Args:
+        groups: From `nearest`.
+        counted: 1 for what counts and 0 for what doesn't, float32 of the shape of `groups`.
+        shape: (channels, clusters).
+    """
+    sums = group_sums(tf.reshape(counted, [-1]), tf.reshape(groups, [-1]), math.prod(shape))
+    return tf.reshape(sums, shape)
 
 
 def group_sums(values: Any, groups: Any, size: int) -> Any:

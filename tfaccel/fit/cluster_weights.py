@@ -4,8 +4,8 @@ When to use: to make a file smaller when it is zipped: 16 different values are 4
 where float32 has 32. It doesn't make a model faster. Cluster a trained model, in a few epochs at a small
 learning rate; behind `PruneWeights`, whose zeros stay.
 
-What it costs: a lookup and two sums over the weights each step (`benchmarks/compression_overhead.py`), and
-nine bytes of memory a weight.
+What it costs: a lookup and a sum over the weights each step (`benchmarks/compression_overhead.py`), and eight
+bytes of memory a weight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from tfaccel.fit._choice import (
     choose_weights,
     skipped_weights,
 )
-from tfaccel.fit._clusters import INITIALIZATIONS, first_centroids, group_means, kmeans, nearest
+from tfaccel.fit._clusters import (
+    INITIALIZATIONS,
+    first_centroids,
+    group_means,
+    kmeans,
+    member_counts,
+    nearest,
+)
 from tfaccel.fit._layout import Layout
 from tfaccel.fit._run import check_begin_epoch, check_order, updates_per_epoch, updates_with_this_one
 from tfaccel.fit._session import detach_leftovers
@@ -219,13 +226,14 @@ class _Clustered:
             ]
         )
         groups = nearest(tf.constant(values), tf.constant(centroids))
+        counts = member_counts(groups, tf.constant(~zero, tf.float32), centroids.shape)
+        means = group_means(tf.constant(values), groups, counts, tf.constant(centroids))
         self.preserve, self.more_zeros = options.preserve_sparsity, reserves_zero
-        self.zero = beside(zero)
-        self.latent = beside(values)
-        self.groups = beside(groups.numpy())
-        counted = tf.constant(~zero, tf.float32)
-        means = group_means(tf.constant(values), groups, counted, tf.constant(centroids))
+        # What no weight needs costs nothing in a step.
+        self.zero = beside(zero) if zero.any() or reserves_zero else None
+        self.groups, self.counts = beside(groups.numpy()), beside(counts.numpy())
         self.centroids = beside(means.numpy())
+        self.offset = beside(values - self._values().numpy())
 
     @staticmethod
     def _first(values: np.ndarray, number: int, options: ClusterWeights) -> np.ndarray:
@@ -247,10 +255,12 @@ class _Clustered:
 
     def update(self, value: Any) -> Any:
         """What the weight is given behind an update: its clusters' new values."""
-        if self.optimizer is not None:
-            self._step(tf.cast(self._apart(value), tf.float32))
-        zero = tf.convert_to_tensor(self.zero.value)
-        return tf.cast(self._together(tf.where(zero, 0.0, self._values())), value.dtype)
+        if self.optimizer is None:
+            return tf.cast(self._together(self._values()), value.dtype)
+        moved = self._move(tf.cast(self._apart(value), tf.float32))
+        values = tf.cast(self._values(), value.dtype)
+        self.offset.assign(moved - tf.cast(values, tf.float32))
+        return self._together(values)
 
     def settle(self) -> None:
         """Clusters what was put into the weight behind the last step, such as a moving average."""
@@ -267,26 +277,41 @@ class _Clustered:
         self.variable.assign(self._together(tf.constant(values)))
 
     def _values(self) -> Any:
-        return tf.gather(tf.reshape(self.centroids.value, [-1]), self.groups.value)
+        """Of the members of each cluster."""
+        values = tf.gather(tf.reshape(self.centroids.value, [-1]), self.groups.value)
+        return values if self.zero is None else tf.where(self.zero.value, 0.0, values)
 
-    def _step(self, updated: Any) -> None:
-        zero = tf.convert_to_tensor(self.zero.value)
-        if self.more_zeros:  # what pruning has just made zero
-            zero = tf.logical_or(zero, updated == 0)
-            self.zero.assign(zero)
-        moved = tf.where(zero, 0.0, self.latent.value + updated - self._values())
-        self.latent.assign(moved)
+    def _move(self, updated: Any) -> Any:
+        """Moves each member by its own update, and the clusters with them; gives where the members are.
+
+        A member lies its `offset` away from the value that its cluster gave it.
+        """
+        moved = self.offset.value + updated
+        if self.zero is not None:
+            if self.more_zeros:  # what pruning has just made zero
+                self.zero.assign(tf.logical_or(self.zero.value, updated == 0))
+            moved = tf.where(self.zero.value, 0.0, moved)
         done, is_update = updates_with_this_one(self.optimizer)
 
         def regroup() -> None:
             ordered = tf.sort(self.centroids.value, axis=1)
             self.centroids.assign(ordered)
             self.groups.assign(nearest(moved, ordered))
+            self._count()
 
         tf.cond(tf.logical_and(is_update, done % self.every == 0), regroup, lambda: None)
-        counted = tf.cast(tf.logical_not(zero), tf.float32)
-        means = group_means(moved, self.groups.value, counted, tf.convert_to_tensor(self.centroids.value))
+        if self.more_zeros:
+            self._count()
+        means = group_means(
+            moved, self.groups.value, self.counts.value, tf.convert_to_tensor(self.centroids.value)
+        )
         self.centroids.assign(means)
+        return moved
+
+    def _count(self) -> None:
+        zero = tf.zeros(self.groups.shape, tf.bool) if self.zero is None else self.zero.value
+        counted = tf.cast(tf.logical_not(zero), tf.float32)
+        self.counts.assign(member_counts(self.groups.value, counted, self.centroids.shape))
 
 
 def _rows(centroids: list[np.ndarray]) -> np.ndarray:
