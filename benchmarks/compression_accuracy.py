@@ -4,10 +4,10 @@ CIFAR-10 and Fashion-MNIST.
 Claim: four fifths of a net's weights can go for a few tenths of a point; zipped, it is several times smaller,
 and with shared values and int8 on top of that twenty times.
 
-    python benchmarks/compression_accuracy.py --models residual --rows plain prune-0.8 chain --seeds 1
+    python benchmarks/compression_accuracy.py --models residual --rows plain prune-0.8 chain-0.9 --seeds 1
 
 Every row begins with the same trained net (`_image_models.py`) and trains it on for as many epochs, the plain
-one too; a seed decides the order of the images and their shifts. The chain prunes, then clusters and rounds
+one too; a seed decides the order of the images and their shifts. A chain prunes, then clusters and rounds
 to eight bits in a second fit of half as many epochs. Accuracy is that of all 10,000 test images, of the float
 model, and of the int8 file in LiteRT (int4_weights for the row of four bits), which is calibrated with 500
 images, or not at all where ranges were learnt in training. Sizes are those of the TFLite files, deflated as
@@ -41,8 +41,12 @@ ROWS = {
     "quantize-8": lambda: [[tfaccel.QuantizeAware()]],
     "quantize-8-learned": lambda: [[tfaccel.QuantizeAware(ranges="learned")]],
     "quantize-4": lambda: [[tfaccel.QuantizeAware(4, None)]],
-    "chain": lambda: [
+    "chain-0.8": lambda: [
         [tfaccel.PruneWeights(0.8, scope="global")],
+        [tfaccel.ClusterWeights(16), tfaccel.QuantizeAware(8)],
+    ],
+    "chain-0.9": lambda: [
+        [tfaccel.PruneWeights(0.9, scope="global")],
         [tfaccel.ClusterWeights(16), tfaccel.QuantizeAware(8)],
     ],
 }
@@ -87,7 +91,7 @@ def run(name, row, seed, epochs):
         tfaccel.export_tflite(model, path)
         floats = path.read_bytes()
         recipe = "int4_weights" if row == "quantize-4" else "int8"
-        learned = row == "chain" or row.startswith("quantize-8")
+        learned = row.startswith("chain") or row.startswith("quantize-8")
         samples = None if learned else data["x_train"][:500]
         small = pathlib.Path(folder, "small.tflite")
         file = tfaccel.export_tflite(model, small, recipe, calibration=samples, evaluate=test, max_drop=0.5)

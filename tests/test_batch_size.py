@@ -129,3 +129,9 @@ def test_bad_arguments_are_refused(helpers, small):
         tfaccel.find_batch_size(model, (each for each in ()))
     with pytest.raises(ValueError, match="compiled and built"):
         tfaccel.find_batch_size(helpers.build(), small)
+
+
+def test_fewer_samples_than_the_smallest_batch_are_refused(helpers, small):
+    model = helpers.compile(helpers.build())
+    with pytest.raises(ValueError, match="at most the 4 samples"):
+        tfaccel.find_batch_size(model, tuple(each[:4] for each in small))

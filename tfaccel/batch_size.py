@@ -137,6 +137,8 @@ def find_batch_size(
     """
     _check(model, dataset, smallest, largest, memory_bytes, budget_s)
     data = _Data(dataset)
+    if smallest > data.samples:
+        raise refuse("smallest", smallest, f"at most the {data.samples} samples that there are", "Lower it.")
     limit = memory_bytes if memory_bytes is not None else SAFE * free_memory()
     search = _Search(model, data, limit, largest, time.perf_counter() + budget_s)
     with random_state_kept(), training_state_kept(model):

@@ -59,6 +59,20 @@ def test_agrees_with_an_optimizer_for_each_layer(helpers, small, make, kernels):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
+def test_muons_decay_of_other_weights_is_shared_too(helpers, small):
+    def muon(share):
+        options = {"adam_lr_ratio": 1.0, "weight_decay": 0.1, "adam_weight_decay": 0.5}
+        return keras.optimizers.Muon(1e-2 * share, **options)
+
+    expected = by_hand(helpers, small, muon, (0.25, 1.0), steps=4)
+    rates = tfaccel.LayerLearningRates(SHARES)
+    given = tuple(each[:96] for each in small)
+    model, _ = fit(helpers, given, [rates], muon(1.0), epochs=1)
+    for a, b in zip(model.get_weights(), expected, strict=True):
+        # Muon's five Newton-Schulz steps in float32, four times.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("rates", [{}, {"decay": 1.0}, {"layers": {keras.layers.Dense: 1.0}}])
 def test_shares_of_one_are_plain_keras(helpers, small, rates):
     expected, _ = fit(helpers, small)

@@ -110,6 +110,32 @@ def test_it_goes_on_where_an_interrupted_run_was(tmp_path):
     assert not list(tmp_path.rglob("*plateau*"))
 
 
+def test_validation_may_come_less_often():
+    rule = Plateau(patience=1, factor=0.5, min_delta=1e6)
+    callback = tfaccel.LearningRate(0.1, schedules.constant(), plateau=rule)
+    seen = (
+        model()
+        .fit(X, Y, epochs=7, verbose=0, callbacks=[callback], validation_data=(X, Y), validation_freq=2)
+        .history["learning_rate"]
+    )
+    np.testing.assert_allclose(seen, [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.025], rtol=1e-6)
+    wrong = tfaccel.LearningRate(0.1, schedules.constant(), plateau=Plateau("val_los"))
+    with pytest.raises(ValueError, match="val_los"):
+        model().fit(X, Y, verbose=0, callbacks=[wrong], validation_data=(X, Y))
+
+
+def test_a_backup_that_is_kept_keeps_what_was_seen(tmp_path):
+    rule = Plateau(factor=0.5, patience=1)
+
+    def fit(epochs):
+        keep = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
+        callback = tfaccel.LearningRate(0.1, schedules.constant(), plateau=rule)
+        return rates([1.0] * 6, callback, model(), epochs=epochs, before=[keep])
+
+    np.testing.assert_allclose(fit(3), [0.1, 0.1, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(fit(5), [0.025, 0.0125], rtol=1e-6)
+
+
 def test_bad_arguments_are_refused():
     for given, words in [
         ({"monitor": 3}, "monitor=3"),

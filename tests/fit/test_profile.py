@@ -229,6 +229,70 @@ def test_a_bad_loss_is_told_from_bad_layers(helpers, small):
         fitted(model, (x, y))
 
 
+class Apart(keras.Model):
+    """Layers made in another order than they are called in; one of them inside of a model."""
+
+    def __init__(self, custom=False):
+        super().__init__()
+        self.head = keras.layers.Dense(10, name="head")
+        parts = [
+            keras.layers.Conv2D(2, 3),
+            Bad(name="divides"),
+            keras.layers.Conv2D(2, 3),
+            keras.layers.ReLU(),
+        ]
+        self.body = keras.Sequential(parts, name="body")
+        self.flatten, self.custom = keras.layers.Flatten(), custom
+
+    def call(self, inputs):
+        return self.head(self.flatten(self.body(inputs)))
+
+    def train_step(self, data):
+        if not self.custom:
+            return super().train_step(data)
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("built", [False, True])
+def test_the_first_layer_is_the_first_that_is_called(helpers, small, custom, built):
+    model = Apart(custom)
+    if built:
+        model(small[0][:1])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x = small[0].copy()
+    x[100] = 1e6
+    with pytest.raises(FloatingPointError, match=r"output of layer '.*divides' is the first"):
+        fitted(model, (x, small[1]), batch_size=24, shuffle=False)
+
+
+def test_validation_is_not_watched(helpers, small):
+    layers = [keras.layers.Conv2D(2, 3), keras.layers.BatchNormalization()]
+    model = helpers.compile(network(*layers))
+    x = small[0].copy()
+    x[3] = np.nan
+    profile, history = fitted(model, small, validation_data=(x, small[1]), epochs=2)
+    assert np.isnan(history.history["val_loss"]).all()
+    assert profile.report.rows
+    before = model.get_weights()
+    model.evaluate(x, small[1], verbose=0)
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_callbacks_behind_it_may_make_the_train_function_anew(helpers, small):
+    model = helpers.compile(helpers.build())
+    behind = [tfaccel.OneCycle(1e-3), tfaccel.UnfreezeLayers({keras.layers.Conv2D: 1}, unit="epochs")]
+    profile = tfaccel.Profile(verbose=0)
+    history = model.fit(*small, epochs=3, batch_size=24, verbose=0, callbacks=[profile, *behind]).history
+    assert [row.steps for row in profile.report.rows] == [10] * 3
+    assert min(history["compute"]) > 0
+
+
 def test_the_model_trains_on_behind_an_error(helpers, small):
     model = helpers.compile(network(keras.layers.Conv2D(2, 3)), keras.optimizers.SGD(0.01))
     before = model.get_weights()
@@ -298,16 +362,18 @@ def test_recurrent_layers_are_watched_from_outside(helpers):
         fitted(model, (x, np.zeros((64, 1))))
 
 
-def test_under_a_strategy(helpers, small):
+@pytest.mark.parametrize("row", [24 * 2 + 3, 24 * 2 + 20])  # of the third batch: in each replica's share
+def test_under_a_strategy(helpers, small, row):
     with mirrored(2).scope():
         model = helpers.compile(network(keras.layers.Conv2D(2, 3)))
     profile, _ = fitted(model, small, epochs=2, batch_size=24)
     assert profile.report.share("compute") > 0
     assert profile.report.utilization is None
+    assert profile.report.traces == ("the first step",)
     x = small[0].copy()
-    x[::5] = np.nan
-    with pytest.raises(FloatingPointError, match="conv2d"):
-        fitted(model, (x, small[1]), batch_size=24)
+    x[row] = np.nan
+    with pytest.raises(FloatingPointError, match=r"update 23: the output of layer '.*conv2d.*' is the first"):
+        fitted(model, (x, small[1]), batch_size=24, shuffle=False)
 
 
 def test_gradient_accumulation_and_steps_per_execution(helpers, small):

@@ -109,3 +109,12 @@ def test_bytes_are_shown_with_three_digits():
         "84.2 MB",
         "20 TB",
     ]
+
+
+def test_half_precision_with_a_regularizer():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    dense = keras.layers.Dense(3, kernel_regularizer="l2")
+    model = keras.Sequential([keras.Input((4,)), dense, keras.layers.Dense(2, dtype="float32")])
+    model.compile("adam")
+    keras.config.set_dtype_policy("float32")
+    assert tfaccel.estimate_memory(model, 8).activations > 0

@@ -1,4 +1,4 @@
-"""The layers of a model in the order of its depth, and the variables that a selector means."""
+"""The layers of a model in the order of its depth, and what a selector means."""
 
 from __future__ import annotations
 
@@ -14,29 +14,50 @@ def by_depth(model: keras.Model) -> list[list[keras.layers.Layer]]:
     """Groups of the layers that are trained, from the first to the last.
 
     A model inside of the model is opened; other layers are one each, whatever is inside of them. A layer
-    without a kernel, such as a normalization, belongs to the one before it.
+    without a kernel, such as a normalization, belongs to the one before it. Weights that a model holds by
+    itself, such as positions, belong to the first group: the model stands in it for them.
 
     Args:
         model: A built model; of a subclassed one, layers come in the order in which they were made.
     """
     groups: list[list[keras.layers.Layer]] = []
+    holders = []
     seen: set[int] = set()
     for layer in _opened(model):
-        if id(layer) in seen or not layer.trainable_variables:
+        if id(layer) in seen or not own_variables(layer, inside=not isinstance(layer, keras.Model)):
             continue
         seen.add(id(layer))
+        if isinstance(layer, keras.Model):
+            holders.append(layer)
+            continue
         if not groups or any(len(variable.shape) > 1 for variable in layer.trainable_variables):
             groups.append([])
         groups[-1].append(layer)
-    return groups
+    if not holders:
+        return groups
+    return [[*holders, *groups[0]], *groups[1:]] if groups else [holders]
 
 
 def _opened(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    yield model
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             yield from _opened(layer)
         else:
             yield layer
+
+
+def own_variables(layer: keras.layers.Layer, inside: bool = False) -> list[keras.Variable]:
+    """The variables to train that a layer holds by itself; with those of what is inside of it.
+
+    Args:
+        layer: Or a model.
+        inside: Whether what is inside of it counts.
+    """
+    if inside:
+        return layer.trainable_variables
+    others = {id(v) for other in inner_layers(layer) if other is not layer for v in other.trainable_variables}
+    return [v for v in layer.trainable_variables if id(v) not in others]
 
 
 def chosen_layers(model: keras.Model, selector: Selector) -> list[keras.layers.Layer]:

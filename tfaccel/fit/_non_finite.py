@@ -7,7 +7,9 @@ nothing until it happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -19,7 +21,7 @@ from tfaccel.fit._optimizer import inner_optimizer
 from tfaccel.fit._state import beside
 from tfaccel.keras_fixes.inner_layers import inner_layers
 
-NOT_SEEN = -1
+NONE = -1
 LEAST_LOSS_SCALE = 1e-3
 
 
@@ -27,19 +29,29 @@ class NonFiniteWatch:
     """What is put round the loss of one `fit`.
 
     Args:
-        model: Built and compiled. Attach before its step is traced.
-
-    `active` is asked while the step is traced.
+        model: Compiled. Attach before its step is traced.
     """
 
     def __init__(self, model: keras.Model):
         self._model = model
-        self.active = True
-        self._layers = [layer for layer in inner_layers(model) if layer is not model]
+        self._step = threading.local()  # what this thread's training step works on, while it is traced
+        self._order: list[keras.layers.Layer] = []  # as their calls end, so the inner before the outer
         with model.distribute_strategy.scope():
-            self._at = beside(np.full([], NOT_SEEN, "int32"))
-            self._bad_outputs = beside(np.zeros(len(self._layers), "float32"))
-            self._bad_weights = beside(np.zeros(len(self._layers), "float32"))
+            # The update, the first layer with an output that is not finite, the first with such weights.
+            self._at, self._output, self._weights = (beside(np.full([], NONE, "int32")) for _ in range(3))
+
+    @contextlib.contextmanager
+    def watching(self, data: Any) -> Iterator[None]:
+        """While the block lasts the loss of this thread's step is watched; that of validation is not.
+
+        Args:
+            data: What the step works on.
+        """
+        self._step.x = keras.utils.unpack_x_y_sample_weight(data)[0]
+        try:
+            yield
+        finally:
+            del self._step.x
 
     def attach(self) -> Callable[[], None]:
         """Puts the watch round `compute_loss`; gives back the undo."""
@@ -48,15 +60,16 @@ class NonFiniteWatch:
 
         def compute_and_watch(x: Any = None, *args: Any, **kwargs: Any) -> Any:
             loss = compute_loss(x, *args, **kwargs)
-            if not self.active:
+            if not hasattr(self._step, "x"):
                 return loss
+            inputs = self._step.x if x is None else x  # a train_step of the user's may leave it out
             bad = tf.logical_and(
                 self._at.value < 0, tf.logical_not(tf.math.is_finite(tf.cast(loss, tf.float32)))
             )
             # A call that is not inlined is one node where there is nothing to inspect; the layers' operations
             # would each be skipped by itself, which took a sixth of a small step.
             inspect = tf.function(self._inspect, autograph=False, experimental_attributes={"_noinline": True})
-            tf.cond(bad, lambda: inspect(x), lambda: 0)
+            tf.cond(bad, lambda: inspect(inputs), lambda: 0)
             return loss
 
         def undo() -> None:
@@ -69,61 +82,67 @@ class NonFiniteWatch:
         return undo
 
     def _inspect(self, x: Any) -> int:
-        """Notes the step, and every layer whose output or weights are not finite."""
+        """Notes the step, and the first layers whose output or weights are not finite."""
         eager, graph = tf.executing_eagerly(), tf.compat.v1.get_default_graph()
-        seen: list[list[tf.Tensor]] = [[] for _ in self._layers]
+        seen: dict[int, list[tf.Tensor]] = {}
+        order: list[keras.layers.Layer] = []
         undo = []
 
-        def watched(index: int) -> Callable[..., Any]:
+        def watched(layer: keras.layers.Layer) -> Callable[..., Any]:
             def around(call: Any, *args: Any, **kwargs: Any) -> Any:
                 outputs = call(*args, **kwargs)
                 floats = [each for each in keras.tree.flatten(outputs) if _is_float_tensor(each)]
+                if id(layer) not in seen:
+                    order.append(layer)
                 # What is made inside of a loop can't be read outside of it.
-                seen[index].extend(_is_bad(each) for each in floats if eager or each.graph is graph)
+                flags = [_is_bad(each) for each in floats if eager or each.graph is graph]
+                seen.setdefault(id(layer), []).extend(flags)
                 return outputs
 
             return around
 
-        for index, layer in enumerate(self._layers):
-            undo.append(wrap_call(layer, watched(index)))
+        layers = [layer for layer in inner_layers(self._model) if layer is not self._model]
+        for layer in layers:
+            undo.append(wrap_call(layer, watched(layer)))
         try:
-            if x is not None:
-                self._model(x, training=True)
+            self._model(x, training=True)
         finally:
             for step in reversed(undo):
                 step()
-        weights = [[_is_bad(each.value) for each in _own_floats(layer)] for layer in self._layers]
-        self._bad_outputs.assign(tf.stack([_any(flags) for flags in seen]))
-        self._bad_weights.assign(tf.stack([_any(flags) for flags in weights]))
+        called = {id(layer) for layer in order}
+        self._order = [*order, *(layer for layer in layers if id(layer) not in called)]
+        self._output.assign(_first([_any(seen.get(id(layer), [])) for layer in self._order]))
+        weights = [[_is_bad(each.value) for each in _own_floats(layer)] for layer in self._order]
+        self._weights.assign(_first([_any(flags) for flags in weights]))
         self._at.assign(tf.cast(inner_optimizer(self._model.optimizer).iterations, tf.int32))
         return 0
 
     def found(self) -> str:
-        """Says what was not finite and where; empty while all is well."""
-        step = int(keras.ops.convert_to_numpy(self._at))
-        if step == NOT_SEEN:
+        """Says what was not finite and where, on whichever replica it came first; empty while all is well."""
+        copies = [self._copies(each) for each in (self._at, self._weights, self._output)]
+        seen = [found for found in zip(*copies, strict=True) if found[0] != NONE]
+        if not seen:
             return ""
-        weights = self._first(self._bad_weights)
-        outputs = self._first(self._bad_outputs)
-        if weights is not None:
+        step, weights, output = min(seen)
+        if weights != NONE:
             where = (
-                f"the weights of layer {weights!r} were not finite before it: an earlier update spoiled them"
+                f"the weights of layer {self._name(weights)!r} were not finite before it: an earlier update "
+                "spoiled them"
             )
-        elif outputs is not None:
-            where = f"the output of layer {outputs!r} is the first that is not finite"
+        elif output != NONE:
+            where = f"the output of layer {self._name(output)!r} is the first that is not finite"
         else:
             where = "all layers gave finite outputs: the loss function, or the labels, are not"
         return f"The loss of {self._model.name!r} is not finite at update {step + 1}: {where}."
 
-    def _first(self, flags: keras.Variable) -> str | None:
-        bad = np.flatnonzero(keras.ops.convert_to_numpy(flags))
-        # Of a layer and what is inside of it, which comes behind it in the list, the inner one says more.
-        names = [self._layers[index] for index in bad]
-        for layer in names:
-            inside = [other for other in inner_layers(layer) if other is not layer and other in names]
-            if not inside:
-                return (layer.path or layer.name).removeprefix(f"{self._model.name}/")
-        return None
+    def _copies(self, variable: keras.Variable) -> list[int]:
+        """Of each replica on this machine."""
+        local = self._model.distribute_strategy.experimental_local_results(variable.value)
+        return [int(copy.numpy()) for copy in local]
+
+    def _name(self, place: int) -> str:
+        layer = self._order[place]
+        return (layer.path or layer.name).removeprefix(f"{self._model.name}/")
 
 
 def check_loss_scale(optimizer: Any, found: str) -> None:
@@ -157,7 +176,13 @@ def _is_bad(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def _any(flags: list[tf.Tensor]) -> tf.Tensor:
-    return tf.cast(tf.reduce_any(tf.stack(flags)), tf.float32) if flags else tf.constant(0.0)
+    return tf.reduce_any(tf.stack(flags)) if flags else tf.constant(False)
+
+
+def _first(flags: list[tf.Tensor]) -> tf.Tensor:
+    """The place of the first that is true, or `NONE`."""
+    together = tf.stack(flags)
+    return tf.where(tf.reduce_any(together), tf.argmax(together, output_type=tf.int32), NONE)
 
 
 def _own_floats(layer: keras.layers.Layer) -> list[keras.Variable]:

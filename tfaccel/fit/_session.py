@@ -23,11 +23,18 @@ class Attachment:
     Args:
         model: The model that is being fitted. Its train function is traced anew.
         undo: Takes off what was attached. Called once.
+        made_anew: Is told each time that the model has a new train function, until it comes off.
     """
 
-    def __init__(self, model: keras.Model, undo: Callable[[], None]):
+    def __init__(
+        self,
+        model: keras.Model,
+        undo: Callable[[], None],
+        made_anew: Callable[[], None] | None = None,
+    ):
         self._model = weakref.ref(model)
         self._undo: Callable[[], None] | None = undo
+        self.made_anew = made_anew
         if not _attached.get(model):
             _attached[model] = []
             _watch_for_next_fit(model)
@@ -66,7 +73,11 @@ def _watch_for_next_fit(model: keras.Model) -> None:
         # `fit` never forces; callbacks that want a retrace do.
         if not force:
             detach_leftovers(model)
-        return own(force) if own is not None else type(model).make_train_function(model, force)
+        function = own(force) if own is not None else type(model).make_train_function(model, force)
+        for attachment in _attached.get(model, ()):
+            if attachment.made_anew is not None:
+                attachment.made_anew()
+        return function
 
     _shadowed[model] = own
     model.make_train_function = make_train_function

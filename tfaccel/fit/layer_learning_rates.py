@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from tfaccel.errors import is_number, refuse
-from tfaccel.fit._layer_groups import by_depth, chosen_layers
+from tfaccel.fit._layer_groups import by_depth, chosen_layers, own_variables
 from tfaccel.fit._optimizer import inner_optimizer
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.keras_fixes.callback_siblings import siblings
@@ -98,14 +98,17 @@ class LayerLearningRates(keras.callbacks.Callback):
     def _factors(self) -> dict[int, float]:
         """The share of each variable, by its id; fills `shares` for a person."""
         chosen = [
-            (layer, self.decay**depth)
+            (layer, self.decay**depth, own_variables(layer, inside=not isinstance(layer, keras.Model)))
             for depth, group in enumerate(reversed(by_depth(self.model)))
             for layer in group
         ][::-1]
         for selector, share in self.layers.items():
-            chosen += [(layer, float(share)) for layer in chosen_layers(self.model, selector)]
-        self.shares = {layer.name: share for layer, share in chosen}
-        return {id(variable): share for layer, share in chosen for variable in layer.trainable_variables}
+            chosen += [
+                (layer, float(share), layer.trainable_variables)
+                for layer in chosen_layers(self.model, selector)
+            ]
+        self.shares = {layer.name: share for layer, share, _ in chosen}
+        return {id(variable): share for _, share, variables in chosen for variable in variables}
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leaves the optimizer as it was."""

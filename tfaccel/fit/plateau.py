@@ -24,6 +24,7 @@ import numpy as np
 from tfaccel.errors import is_number, is_whole, refuse
 from tfaccel.fit._state import beside
 from tfaccel.keras_fixes.callback_siblings import siblings
+from tfaccel.keras_fixes.input_clock import validation_comes
 from tfaccel.keras_fixes.metric_direction import rises
 
 STATE_FILE = "tfaccel_plateau.json"
@@ -97,6 +98,7 @@ class PlateauState:
         self._model = callback.model
         backups = [each for each in siblings(callback) if isinstance(each, keras.callbacks.BackupAndRestore)]
         self._path = pathlib.Path(backups[0].backup_dir, STATE_FILE) if backups else None
+        self._is_kept = bool(backups) and not backups[0].delete_checkpoint
         self._states = {str(epoch - 1): self._restored(epoch)}
         self._now = dict(self._states[str(epoch - 1)])
         with self._model.distribute_strategy.scope():
@@ -125,9 +127,12 @@ class PlateauState:
         """
         rule, now = self._rule, self._now
         if rule.monitor not in logs:
-            raise refuse(
-                "monitor", rule.monitor, f"one of {sorted(logs)}", "Validation figures need validation_data."
-            )
+            validated = any(name.startswith("val_") for name in logs)
+            if not rule.monitor.startswith("val_") or validated or not validation_comes():
+                remedy = "Validation figures need validation_data."
+                raise refuse("monitor", rule.monitor, f"one of {sorted(logs)}", remedy)
+            self._keep(epoch)  # with validation_freq it comes behind another epoch
+            return
         value = float(logs[rule.monitor])
         up = rises(self._model, rule.monitor) if rule.mode == "auto" else rule.mode == "max"
         best = now["best"]
@@ -154,6 +159,6 @@ class PlateauState:
         beside_it.replace(self._path)
 
     def forget(self) -> None:
-        """The run is over: the next one begins anew."""
-        if self._path is not None:
+        """The run is over: the next one begins anew, unless the backup stays."""
+        if self._path is not None and not self._is_kept:
             self._path.unlink(missing_ok=True)

@@ -111,11 +111,11 @@ class Profile(Throughput):
 
     def _attach(self) -> None:
         model, undo = self.model, []
-        self._watch = NonFiniteWatch(model) if self.watch and model.built else None
+        self._watch = NonFiniteWatch(model) if self.watch else None
         if self._watch is not None:
             undo.append(self._watch.attach())
         shadowed, self._train_step = vars(model).get("train_step"), model.train_step
-        model.train_step = self._note_trace
+        model.train_step = self._run_step
 
         def take_off() -> None:
             if shadowed is None:
@@ -126,15 +126,29 @@ class Profile(Throughput):
                 step()
             self._callback_times.stop()
 
-        self._attachment = Attachment(model, take_off)
+        self._attachment = Attachment(model, take_off, made_anew=self._time_function)
         watchers = getattr(self._clock, "watchers", None)
         if watchers is not None:
             watchers.append(self._note_call)
 
-    def _note_trace(self, data: Any) -> Any:
-        """Runs as Python only where the step is traced: says why."""
-        if tf.executing_eagerly():
+    def _time_function(self) -> None:
+        """Puts the clock round Keras's train function, which callbacks make anew; ours tell by themselves."""
+        function = self.model.train_function
+        if not hasattr(self._clock, "watchers") and not isinstance(function, TimedFunction | None):
+            steps = self.model.steps_per_execution
+            self.model.train_function = TimedFunction(function, steps, self._note_call)
+
+    def _run_step(self, data: Any) -> Any:
+        """Runs as Python only where the step is traced."""
+        if not tf.executing_eagerly() and _is_first_replica():
+            self._note_trace(data)
+        if self._watch is None:
             return self._train_step(data)
+        with self._watch.watching(data):
+            return self._train_step(data)
+
+    def _note_trace(self, data: Any) -> None:
+        """Says why the step is traced."""
         form = tf.nest.map_structure(_spec, data)
         if not self._forms:
             cause = "the first step"
@@ -145,7 +159,6 @@ class Profile(Throughput):
         self._forms.append(form)
         self._traces.append(cause)
         self._traced = True
-        return self._train_step(data)
 
     def _note_call(self, steps: int, seconds: float) -> None:
         self._calls.rows.append((steps, seconds, self._traced))
@@ -178,11 +191,6 @@ class Profile(Throughput):
         self._callbacks_before = self._callback_times.total
         self._reading = Reading(0.0, 0.0, 0.0, 0.0)
         self._began = time.perf_counter()
-        function = self.model.train_function
-        if not hasattr(self._clock, "watchers") and not isinstance(function, TimedFunction):
-            self.model.train_function = TimedFunction(
-                function, self.model.steps_per_execution, self._note_call
-            )
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         """Validation begins."""
@@ -255,16 +263,11 @@ class Profile(Throughput):
             return nothing
         rows = math.ceil(self._reading.examples / self._reading.batches) if self._reading.batches else None
         batch = tf.nest.map_structure(lambda spec: _of_rows(spec, rows), self._forms[0])
-        if self._watch is not None:
-            self._watch.active = False
         try:
             return step_cost(self._train_step, batch)
         # A step that can't be traced on its own is still trained; its operations stay uncounted.
         except Exception:
             return nothing
-        finally:
-            if self._watch is not None:
-                self._watch.active = True
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Takes the clocks out again and makes the report."""
@@ -295,6 +298,12 @@ class Profile(Throughput):
         """The call that makes the same callback."""
         path = None if self.path is None else str(self.path)
         return f"Profile({path!r}, watch={self.watch}, verbose={self.verbose})"
+
+
+def _is_first_replica() -> bool:
+    """Where replicas are traced in turn, whether this is the first of them."""
+    context = tf.distribute.get_replica_context()
+    return context is None or tf.get_static_value(context.replica_id_in_sync_group) in (0, None)
 
 
 def _spec(leaf: Any) -> Any:

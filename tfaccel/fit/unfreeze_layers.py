@@ -10,22 +10,28 @@ Reference: Howard & Ruder (2018), https://arxiv.org/abs/1801.06146, section 3.3 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 
 from tfaccel.errors import is_number, refuse
 from tfaccel.fit._joined_schedules import check_unit, share_of_run
-from tfaccel.fit._layer_groups import by_depth, chosen_layers
+from tfaccel.fit._layer_groups import by_depth, chosen_layers, own_variables
 from tfaccel.fit._optimizer import inner_optimizer
+from tfaccel.fit._run import updates_done, updates_per_epoch
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.layer_learning_rates import check_alone
 from tfaccel.fit.prune_weights import PruneWeights
 from tfaccel.keras_fixes.callback_siblings import siblings
 from tfaccel.keras_fixes.inner_layers import inner_layers
-from tfaccel.keras_fixes.variable_updates import unknown_variables
+from tfaccel.keras_fixes.variable_updates import (
+    has_moments,
+    late_start,
+    scale_learning_rates,
+    unknown_variables,
+)
 from tfaccel.selection import Selector, check_selector
 
 
@@ -33,8 +39,10 @@ class UnfreezeLayers(keras.callbacks.Callback):
     """Keeps layers frozen until their moment of the `fit` has come, the last layers first.
 
     Frozen means what it means in Keras: `layer.trainable = False`; batch normalization runs as in inference,
-    the optimizer leaves the weights and its own state for them alone. Behind the fit, or an interrupted one,
-    every layer is as trainable as it was before.
+    the optimizer leaves the weights and its own state for them alone. Adam corrects the first updates of a
+    layer that joins as it does those of a run. When the fit is over every layer is as trainable as it was
+    before; behind an interrupted one that is so from the next `fit` on, or from `restore()` on. A file that
+    is saved meanwhile says of its layers what they are then.
 
     Args:
         layers: A dict from layers (a name, a class, or a function of a layer) to the moment at which they
@@ -48,7 +56,8 @@ class UnfreezeLayers(keras.callbacks.Callback):
     Raises:
         ValueError: At construction for a bad argument; when `fit` begins, for a layer that doesn't exist or
             would never be trained, where nothing would be trained at the beginning, where the optimizer was
-            made for fewer weights, and beside `PruneWeights` or `ClusterWeights`.
+            made for fewer weights or keeps a moving average of them, and beside `PruneWeights` or
+            `ClusterWeights`.
 
     Example:
         >>> model = keras.Sequential(
@@ -101,29 +110,33 @@ class UnfreezeLayers(keras.callbacks.Callback):
                     f"UnfreezeLayers and {type(other).__name__} run in one fit: masks and groups are held by "
                     "updates, and frozen layers get none. Allowed: one of them. Compress in a second fit."
                 )
-        self._joining = self._find_layers()
-        self.first_epochs = {layer.name: epoch for layer, epoch in self._joining}
-        late = [layer.name for layer, epoch in self._joining if epoch >= self.params["epochs"]]
+        self._moments = self._find_moments()
+        late = [layer.name for layer, epoch, _ in self._moments if epoch >= self.params["epochs"]]
         if late:
             allowed = f"moments before the last of the {self.params['epochs']} epochs begins"
             raise refuse("layers", self.layers, allowed, f"{', '.join(late)} would never be trained.")
-        held = {id(v) for layer, epoch in self._joining if epoch for v in layer.trainable_variables}
-        if all(id(variable) in held for variable in self.model.trainable_variables):
+        self._first = {id(v): epoch for _, epoch, variables in self._moments for v in variables}
+        if all(self._first.get(id(variable), 0) for variable in self.model.trainable_variables):
             raise refuse("layers", self.layers, "some layer that trains at once", "Leave the last one out.")
-        self._build_optimizer()
+        self.first_epochs = {layer.name: epoch for layer, epoch, _ in self._moments}
+        self._prepare_optimizer()
 
-    def _find_layers(self) -> list[tuple[keras.layers.Layer, int]]:
-        """Layers with the epoch in which they begin to train."""
+    def _find_moments(self) -> list[tuple[keras.layers.Layer, int, list[keras.Variable]]]:
+        """Layers with the epoch in which they begin to train; of two for one variable the later counts."""
         if isinstance(self.layers, dict):
-            found = {}  # of two selectors that mean the same layer the later one counts
-            for selector, moment in self.layers.items():
-                for layer in chosen_layers(self.model, selector):
-                    found[id(layer)] = (layer, self._epoch(moment))
-            return list(found.values())
+            return [
+                (layer, self._epoch(moment), layer.trainable_variables)
+                for selector, moment in self.layers.items()
+                for layer in chosen_layers(self.model, selector)
+            ]
         groups = by_depth(self.model)[::-1]
         steps = max(len(groups) - 1, 1)
         return [
-            (layer, self._epoch(self.layers * place / steps))
+            (
+                layer,
+                self._epoch(self.layers * place / steps),
+                own_variables(layer, inside=not isinstance(layer, keras.Model)),
+            )
             for place, group in enumerate(groups)
             for layer in group
         ]
@@ -133,17 +146,19 @@ class UnfreezeLayers(keras.callbacks.Callback):
         epochs = self.params["epochs"]
         return math.ceil(share_of_run(moment, self.unit, epochs) * epochs - 1e-6)
 
-    def _build_optimizer(self) -> None:
-        """With state for all variables, also those that are frozen at first."""
+    def _prepare_optimizer(self) -> None:
+        """Builds it with state for all variables, also those that are frozen at first."""
         optimizer = inner_optimizer(self.model.optimizer)
+        if optimizer.use_ema:
+            raise ValueError(
+                "UnfreezeLayers can't run with use_ema=True: Keras would put the averages into other weights "
+                "if the fit ended while layers are frozen. Allowed: no moving average. Leave use_ema out."
+            )
         if not self.model.optimizer.built:
             with self.model.distribute_strategy.scope():
                 self.model.optimizer.build(self.model.trainable_variables)
-        unknown = (
-            []
-            if hasattr(optimizer, "optimizers")
-            else unknown_variables(optimizer, self.model.trainable_variables)
-        )
+        several = hasattr(optimizer, "optimizers")
+        unknown = [] if several else unknown_variables(optimizer, self.model.trainable_variables)
         if unknown:
             raise ValueError(
                 f"The optimizer was made when {unknown[0].path} was frozen, and can't train it. Allowed: an "
@@ -153,30 +168,60 @@ class UnfreezeLayers(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Lets the layers join in whose epoch this is; a resumed run begins with another than 0."""
         if self._attachment is None:
-            frozen = [layer for layer, first in self._joining if first > epoch]
-            if not frozen:
+            joined = sorted({first for first in self._first.values() if 0 < first <= epoch})
+            if not joined and not any(first > epoch for first in self._first.values()):
                 return
-            self._flags = _Flags([layer for layer, _ in self._joining])
-            for layer in frozen:
-                layer.trainable = False
-            self._attachment = Attachment(self.model, self._flags.restore)
+            self._freezing = _Freezing(self.model, self._first)
+            self._corrections: list[Callable[[], None]] = []
+            for first in joined:
+                self._correct_resumed(epoch, first)
+            self._freezing.freeze(epoch)
+            self._attachment = Attachment(self.model, self._take_off)
             return
-        joining = [layer for layer, first in self._joining if first == epoch]
-        if joining:
-            self._flags.restore()
-            for layer, first in self._joining:
-                if first > epoch:
-                    layer.trainable = False
+        joining = [layer.name for layer, first, _ in self._moments if first == epoch]
+        if epoch in self._first.values():
+            self._correct([v for v in self.model.variables if self._first.get(id(v)) == epoch])
+            self._freezing.freeze(epoch)
             self.model.make_train_function(force=True)
             if self.verbose:
-                names = ", ".join(layer.name for layer in joining)
-                print(f"\nEpoch {epoch + 1}: {names} trains from here on.", flush=True)
+                print(f"\nEpoch {epoch + 1}: {', '.join(joining)} trains from here on.", flush=True)
 
-    def on_train_end(self, logs: dict | None = None) -> None:
-        """Leaves every layer as trainable as it was."""
+    def _correct(self, joining: list[keras.Variable]) -> None:
+        """Lets Adam begin anew for variables that it has not updated yet."""
+        optimizer = inner_optimizer(self.model.optimizer)
+        if isinstance(optimizer, keras.optimizers.Adam):
+            fresh = [variable for variable in joining if not has_moments(optimizer, variable)]
+            self._start_at(updates_done(optimizer), fresh)
+
+    def _correct_resumed(self, epoch: int, first: int) -> None:
+        """The same where a run is resumed, for variables that joined before it was interrupted."""
+        optimizer = inner_optimizer(self.model.optimizer)
+        if not isinstance(optimizer, keras.optimizers.Adam):
+            return
+        per_epoch, done = updates_per_epoch(self), updates_done(optimizer)
+        if done == round(epoch * per_epoch):  # else the optimizer is older than the run, and knew them
+            joined = [v for v in self.model.variables if self._first.get(id(v)) == first]
+            self._start_at(round(first * per_epoch), joined)
+
+    def _start_at(self, update: int, variables: list[keras.Variable]) -> None:
+        optimizer = inner_optimizer(self.model.optimizer)
+        late = late_start(optimizer, update)
+        self._corrections.append(scale_learning_rates(optimizer, {id(v): late for v in variables}, False))
+
+    def _take_off(self) -> None:
+        self._freezing.restore()
+        for undo in self._corrections:
+            undo()
+
+    def restore(self) -> None:
+        """Leaves every layer as trainable as it was; of use behind a fit that was interrupted."""
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Leaves every layer as trainable as it was."""
+        self.restore()
 
     def get_config(self) -> dict[str, Any]:
         """The arguments."""
@@ -187,19 +232,38 @@ class UnfreezeLayers(keras.callbacks.Callback):
         return f"UnfreezeLayers({self.layers!r}, unit={self.unit!r}, verbose={self.verbose})"
 
 
-class _Flags:
-    """What `trainable` said of some layers, of all that is inside of them, and of their variables.
+class _Freezing:
+    """The flags of the layers that are frozen for a while.
+
+    A layer with nothing inside of it is frozen by its own flag, which is what tells batch normalization. The
+    flag of one with layers inside would freeze them all; so only the variables that it holds by itself are.
 
     Args:
-        layers: Setting the flag of one sets those of all that is inside of it.
+        model: That is fitted.
+        first: The epoch in which each variable begins to train, by its id.
     """
 
-    def __init__(self, layers: list[keras.layers.Layer]):
-        # From outside to inside, so that the inner ones have the last word.
-        self._layers = [(each, each.trainable) for layer in layers for each in inner_layers(layer)]
-        self._variables = [(v, v.trainable) for layer in layers for v in layer.variables]
+    def __init__(self, model: keras.Model, first: Mapping[int, int]):
+        self._first = first
+        layers = [layer for layer in inner_layers(model) if any(id(v) in first for v in layer.variables)]
+        self._leaves = [layer for layer in layers if len(inner_layers(layer)) == 1]
+        inside = {id(v) for layer in self._leaves for v in layer.variables}
+        self._variables = [v for v in model.variables if id(v) in first and id(v) not in inside]
+        held = [v for layer in self._leaves for v in layer.variables]
+        # From layers to variables: setting the flag of a layer sets those of its variables.
+        self._flags = [(each, each.trainable) for each in (*self._leaves, *held, *self._variables)]
+
+    def freeze(self, epoch: int) -> None:
+        """What trains later than in this epoch, and nothing else of it."""
+        self.restore()
+        for layer in self._leaves:
+            if any(self._first.get(id(v), 0) > epoch for v in layer.variables):
+                layer.trainable = False
+        for variable in self._variables:
+            if self._first[id(variable)] > epoch:
+                variable.trainable = False
 
     def restore(self) -> None:
         """As they were."""
-        for each, flag in (*self._layers, *self._variables):
+        for each, flag in self._flags:
             each.trainable = flag

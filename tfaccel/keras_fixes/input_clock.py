@@ -109,11 +109,21 @@ def count_examples(batch: Any) -> tf.Tensor:
 
 def running_epoch_iterator() -> Any:
     """What `fit` draws its batches from, found from inside a hook; None outside of a `fit`."""
+    return _local_of_fit("epoch_iterator")
+
+
+def validation_comes() -> bool:
+    """Whether the running `fit` validates, if not behind each epoch, found from inside a hook."""
+    return _local_of_fit("validation_data") is not None
+
+
+def _local_of_fit(name: str) -> Any:
+    """A local variable of the running `fit`, which alone has an epoch iterator; None outside of one."""
     frame = inspect.currentframe()
     try:
         while frame is not None and "epoch_iterator" not in frame.f_locals:
             frame = frame.f_back
-        return frame.f_locals["epoch_iterator"] if frame is not None else None
+        return frame.f_locals.get(name) if frame is not None else None
     finally:
         del frame
 

@@ -197,7 +197,8 @@ def _stand_in_step(model: keras.Model, x: Any) -> Any:
     """A step with a loss for outputs of any shape, without labels."""
     with tf.GradientTape() as tape:
         outputs = keras.tree.flatten(model(x, training=True))
-        loss = sum(keras.ops.mean(keras.ops.square(each)) for each in outputs) + sum(model.losses)
+        terms = [*(keras.ops.mean(keras.ops.square(each)) for each in outputs), *model.losses]
+        loss = sum(keras.ops.cast(term, "float32") for term in terms)
     gradients = tape.gradient(loss, [each.value for each in model.trainable_variables])
     if model.distribute_strategy.num_replicas_in_sync == 1:
         model.optimizer.apply(gradients, model.trainable_variables)
