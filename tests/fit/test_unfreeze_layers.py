@@ -79,7 +79,7 @@ def test_adam_begins_anew_for_a_layer_that_joins(helpers, small, kernels):
         helpers.compile(ours, adam, **accelerator.compile_options())
     ours.fit(*small, batch_size=24, epochs=4, shuffle=False, verbose=0, callbacks=[unfreeze(LATER)])
     for a, b in zip(ours.get_weights(), model.get_weights(), strict=True):
-        # 40 updates of about 1e-3; Adam divides by gradients, which rounding changes by up to 2e-4 of themselves.
+        # 40 updates of about 1e-3; Adam divides by gradients, which rounding changes by up to 2e-4 of them.
         np.testing.assert_allclose(a, b, atol=1e-5)
     uncorrected = by_hand(helpers, small, 2, 4, keras.optimizers.AdamW(1e-3, weight_decay=0.1))
     far = np.abs(uncorrected.get_weights()[0] - model.get_weights()[0]).max()
