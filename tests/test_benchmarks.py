@@ -1,6 +1,8 @@
 """The benchmarks' own parts: the data sets and the networks that the claims are made on."""
 
+import gzip
 import importlib.util
+import json
 import pathlib
 import sys
 
@@ -37,6 +39,28 @@ def test_datasets_come_from_the_cache_first(tmp_path, monkeypatch):
     assert data["y_train"].shape == (3,)
     with pytest.raises(ValueError, match="name='cifar'"):
         load("datasets").load("cifar")
+
+
+def test_texts_come_as_numbers_of_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFACCEL_DATA", str(tmp_path))
+    texts = {"x_train": ["a good film", "a bad film"] * 30, "y_train": [1, 0] * 30}
+    texts |= {"x_test": ["a film so odd"] * 50, "y_test": [1] * 50}
+    with gzip.open(tmp_path / "imdb.json.gz", "wt") as file:
+        json.dump(texts, file)
+    data = load("datasets").load("imdb")
+    assert data["x_train"].shape == (60, 200)
+    assert data["x_train"][0, 0] == data["x_train"][1, 0] == data["x_test"][0, 0] > 1  # "a"
+    assert list(data["x_test"][0, 2:5]) == [1, 1, 0]  # unknown, unknown, none
+    assert data["y_train"].tolist() == [1, 0] * 30
+
+
+def test_ways_are_compared_at_an_accuracy_that_both_reach():
+    module = load("time_to_accuracy")
+    clocks = [module.TrainingClock(0.0) for _ in range(2)]
+    clocks[0].accuracies, clocks[0].seconds = [0.7, 0.8], [1.0, 2.0]
+    clocks[1].accuracies, clocks[1].seconds = [0.6, 0.75, 0.9], [3.0, 6.0, 9.0]
+    assert module.faster(*clocks) == 9.0 / 2.0  # the first to end an epoch at 0.8
+    assert module.faster(*clocks[::-1]) == 2.0 / 9.0
 
 
 def test_resnet8_is_resnet8():

@@ -235,13 +235,8 @@ class Apart(keras.Model):
     def __init__(self, custom=False):
         super().__init__()
         self.head = keras.layers.Dense(10, name="head")
-        parts = [
-            keras.layers.Conv2D(2, 3),
-            Bad(name="divides"),
-            keras.layers.Conv2D(2, 3),
-            keras.layers.ReLU(),
-        ]
-        self.body = keras.Sequential(parts, name="body")
+        around = [keras.layers.Conv2D(2, 3) for _ in range(2)]
+        self.body = keras.Sequential([around[0], Bad(name="divides"), around[1]])
         self.flatten, self.custom = keras.layers.Flatten(), custom
 
     def call(self, inputs):
