@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from tfaccel.fit._calls import wrap_method
+
 HOOKS = ("on_epoch_begin", "on_epoch_end", "on_train_batch_begin", "on_train_batch_end")
 HELD_UP_S = 0.2  # and five times a usual call: something came in between
 
@@ -94,21 +96,14 @@ class CallbackTimes:
             self._undo.pop()()
 
     def _time(self, callback: keras.callbacks.Callback, hook: str) -> None:
-        name, shadowed, run = type(callback).__name__, vars(callback).get(hook), getattr(callback, hook)
+        name = type(callback).__name__
         self.seconds.setdefault(name, 0.0)
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             begun = time.perf_counter()
             try:
                 return run(*args, **kwargs)
             finally:
                 self.seconds[name] += time.perf_counter() - begun
 
-        def undo() -> None:
-            if shadowed is None:
-                delattr(callback, hook)
-            else:
-                setattr(callback, hook, shadowed)
-
-        setattr(callback, hook, timed)
-        self._undo.append(undo)
+        self._undo.append(wrap_method(callback, hook, timed))

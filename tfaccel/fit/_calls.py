@@ -1,7 +1,7 @@
-"""The one place that puts something round what a layer computes, for the length of a `fit`.
+"""The one place that puts something round a method of one object, for the length of a `fit`.
 
-A layer's `call` is replaced on the object, so that Keras's own `__call__` (masks, casts, names) stays as it
-is, and so that it holds wherever the layer is called from.
+What a layer computes, a model's loss or its step: the method is replaced on the object, so that Keras's own
+`__call__` (masks, casts, names) stays as it is, and so that it holds wherever the method is called from.
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ from typing import Any
 import keras
 
 
-def wrap_call(layer: keras.layers.Layer, around: Callable[..., Any]) -> Callable[[], None]:
-    """Lets `around(call, *args, **kwargs)` stand for the layer's `call`; gives back the undo.
+def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Lets `around(method, *args, **kwargs)` stand for a method of an object; gives back the undo.
 
     What was put on last comes off first.
     """
-    shadowed = vars(layer).get("call")
-    call = layer.call
+    shadowed = vars(owner).get(name)
+    method = getattr(owner, name)
 
-    @functools.wraps(call)
-    def call_wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(call, *args, **kwargs)
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(method, *args, **kwargs)
 
     def undo() -> None:
         if shadowed is None:
-            del layer.call
+            delattr(owner, name)
         else:
-            layer.call = shadowed
+            setattr(owner, name, shadowed)
 
-    layer.call = call_wrapped
+    setattr(owner, name, wrapped)
     return undo
+
+
+def wrap_call(layer: keras.layers.Layer, around: Callable[..., Any]) -> Callable[[], None]:
+    """The same for a layer's `call`."""
+    return wrap_method(layer, "call", around)

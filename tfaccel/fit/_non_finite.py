@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.fit._calls import wrap_call
+from tfaccel.fit._calls import wrap_call, wrap_method
 from tfaccel.fit._optimizer import inner_optimizer
 from tfaccel.fit._state import beside
 from tfaccel.keras_fixes.inner_layers import inner_layers
@@ -55,10 +55,8 @@ class NonFiniteWatch:
 
     def attach(self) -> Callable[[], None]:
         """Puts the watch round `compute_loss`; gives back the undo."""
-        model = self._model
-        shadowed, compute_loss = vars(model).get("compute_loss"), model.compute_loss
 
-        def compute_and_watch(x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        def compute_and_watch(compute_loss: Any, x: Any = None, *args: Any, **kwargs: Any) -> Any:
             loss = compute_loss(x, *args, **kwargs)
             if not hasattr(self._step, "x"):
                 return loss
@@ -72,14 +70,7 @@ class NonFiniteWatch:
             tf.cond(bad, lambda: inspect(inputs), lambda: 0)
             return loss
 
-        def undo() -> None:
-            if shadowed is None:
-                del model.compute_loss
-            else:
-                model.compute_loss = shadowed
-
-        model.compute_loss = compute_and_watch
-        return undo
+        return wrap_method(self._model, "compute_loss", compute_and_watch)
 
     def _inspect(self, x: Any) -> int:
         """Notes the step, and the first layers whose output or weights are not finite."""

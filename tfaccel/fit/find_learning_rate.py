@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfaccel.errors import is_number, is_whole, refuse
+from tfaccel.fit._calls import wrap_method
 from tfaccel.fit._optimizer import drive, inner_optimizer
 from tfaccel.fit._run import updates_done
 from tfaccel.fit._schedule import check_optimizer
@@ -205,13 +206,10 @@ class _Finder(keras.callbacks.Callback):
         self._attachment = Attachment(self.model, take_off)
 
     def _note_losses(self, start: int) -> Any:
-        model = self.model
-        shadowed = vars(model).get("compute_loss")
-        compute_loss = model.compute_loss
-        optimizer = inner_optimizer(model.optimizer)
-        replicas = float(model.distribute_strategy.num_replicas_in_sync)
+        optimizer = inner_optimizer(self.model.optimizer)
+        replicas = float(self.model.distribute_strategy.num_replicas_in_sync)
 
-        def compute_and_note(*args: Any, **kwargs: Any) -> Any:
+        def compute_and_note(compute_loss: Any, *args: Any, **kwargs: Any) -> Any:
             loss = compute_loss(*args, **kwargs)
             step = tf.cast(optimizer.iterations, tf.int32) - start
             here = tf.one_hot(step, self._steps)
@@ -220,14 +218,7 @@ class _Finder(keras.callbacks.Callback):
             self._counts.assign(self._counts + here)
             return loss
 
-        def undo() -> None:
-            if shadowed is None:
-                del model.compute_loss
-            else:
-                model.compute_loss = shadowed
-
-        model.compute_loss = compute_and_note
-        return undo
+        return wrap_method(self.model, "compute_loss", compute_and_note)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         losses = self._losses()

@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from tfaccel.errors import refuse
 from tfaccel.fit._call_times import CallbackTimes, Calls, TimedFunction
+from tfaccel.fit._calls import wrap_method
 from tfaccel.fit._non_finite import NonFiniteWatch, check_loss_scale
 from tfaccel.fit._session import Attachment
 from tfaccel.fit.profile_page import check_plots, write_page
@@ -110,23 +111,18 @@ class Profile(Throughput):
         self._attach()
 
     def _attach(self) -> None:
-        model, undo = self.model, []
-        self._watch = NonFiniteWatch(model) if self.watch else None
+        self._watch = NonFiniteWatch(self.model) if self.watch else None
+        undo = [self._callback_times.stop]
         if self._watch is not None:
             undo.append(self._watch.attach())
-        shadowed, self._train_step = vars(model).get("train_step"), model.train_step
-        model.train_step = self._run_step
+        self._train_step = self.model.train_step
+        undo.append(wrap_method(self.model, "train_step", self._run_step))
 
         def take_off() -> None:
-            if shadowed is None:
-                del model.train_step
-            else:
-                model.train_step = shadowed
-            for step in undo:
+            for step in reversed(undo):
                 step()
-            self._callback_times.stop()
 
-        self._attachment = Attachment(model, take_off, made_anew=self._time_function)
+        self._attachment = Attachment(self.model, take_off, made_anew=self._time_function)
         watchers = getattr(self._clock, "watchers", None)
         if watchers is not None:
             watchers.append(self._note_call)
@@ -138,14 +134,14 @@ class Profile(Throughput):
             steps = self.model.steps_per_execution
             self.model.train_function = TimedFunction(function, steps, self._note_call)
 
-    def _run_step(self, data: Any) -> Any:
+    def _run_step(self, train_step: Any, data: Any) -> Any:
         """Runs as Python only where the step is traced."""
         if not tf.executing_eagerly() and _is_first_replica():
             self._note_trace(data)
         if self._watch is None:
-            return self._train_step(data)
+            return train_step(data)
         with self._watch.watching(data):
-            return self._train_step(data)
+            return train_step(data)
 
     def _note_trace(self, data: Any) -> None:
         """Says why the step is traced."""
