@@ -18,13 +18,13 @@ import time
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from tfaccel.errors import refuse
 from tfaccel.fit._call_times import CallbackTimes, Calls, TimedFunction
 from tfaccel.fit._calls import wrap_method
 from tfaccel.fit._non_finite import NonFiniteWatch, check_loss_scale
 from tfaccel.fit._session import Attachment
+from tfaccel.fit._traces import Traces
 from tfaccel.fit.profile_page import check_plots, write_page
 from tfaccel.fit.profile_report import ProfileReport, ProfileRow
 from tfaccel.fit.throughput import Throughput
@@ -100,8 +100,7 @@ class Profile(Throughput):
         self._calls = Calls()
         self._rows: list[ProfileRow] = []
         self._held_up: list[str] = []
-        self._traces: list[str] = []
-        self._forms: list[Any] = []
+        self._traces = Traces()
         self._traced = False
         self._cost: StepCost | None = None
         self._utilization: float | None = None
@@ -136,25 +135,11 @@ class Profile(Throughput):
 
     def _run_step(self, train_step: Any, data: Any) -> Any:
         """Runs as Python only where the step is traced."""
-        if not tf.executing_eagerly() and _is_first_replica():
-            self._note_trace(data)
+        self._traced |= self._traces.note(data)
         if self._watch is None:
             return train_step(data)
         with self._watch.watching(data):
             return train_step(data)
-
-    def _note_trace(self, data: Any) -> None:
-        """Says why the step is traced."""
-        form = tf.nest.map_structure(_spec, data)
-        if not self._forms:
-            cause = "the first step"
-        elif form not in self._forms:
-            cause = f"batches of {_shown(form)}, after {_shown(self._forms[-1])}"
-        else:
-            cause = "the same batches again, in another loop or compiled otherwise"
-        self._forms.append(form)
-        self._traces.append(cause)
-        self._traced = True
 
     def _note_call(self, steps: int, seconds: float) -> None:
         self._calls.rows.append((steps, seconds, self._traced))
@@ -255,10 +240,10 @@ class Profile(Throughput):
     def _count_operations(self) -> StepCost:
         """Traces the step once more, for a batch of the size that was seen."""
         nothing = StepCost(0.0, 0)
-        if not self._forms or self.model.distribute_strategy.num_replicas_in_sync > 1:
+        read = self._reading
+        batch = self._traces.first_batch(math.ceil(read.examples / read.batches) if read.batches else None)
+        if batch is None or self.model.distribute_strategy.num_replicas_in_sync > 1:
             return nothing
-        rows = math.ceil(self._reading.examples / self._reading.batches) if self._reading.batches else None
-        batch = tf.nest.map_structure(lambda spec: _of_rows(spec, rows), self._forms[0])
         try:
             return step_cost(self._train_step, batch)
         # A step that can't be traced on its own is still trained; its operations stay uncounted.
@@ -280,7 +265,7 @@ class Profile(Throughput):
         speed = machine_speed(self.model.compute_dtype) if cost.flops else None
         return ProfileReport(
             tuple(rows),
-            tuple(self._traces),
+            tuple(self._traces.causes),
             tuple(self._held_up),
             {name: s for name, s in self._callback_times.seconds.items() if s},
             cost.flops,
@@ -294,26 +279,3 @@ class Profile(Throughput):
         """The call that makes the same callback."""
         path = None if self.path is None else str(self.path)
         return f"Profile({path!r}, watch={self.watch}, verbose={self.verbose})"
-
-
-def _is_first_replica() -> bool:
-    """Where replicas are traced in turn, whether this is the first of them."""
-    context = tf.distribute.get_replica_context()
-    return context is None or tf.get_static_value(context.replica_id_in_sync_group) in (0, None)
-
-
-def _spec(leaf: Any) -> Any:
-    return tf.TensorSpec(leaf.shape, leaf.dtype) if isinstance(leaf, tf.Tensor) else leaf
-
-
-def _of_rows(spec: Any, rows: int | None) -> Any:
-    """With the number of rows that the trace left open."""
-    if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank or spec.shape[0] is not None:
-        return spec
-    return tf.TensorSpec([rows, *spec.shape[1:]], spec.dtype)
-
-
-def _shown(form: Any) -> str:
-    """Shapes and dtypes of a batch, for a person."""
-    leaves = [leaf for leaf in tf.nest.flatten(form) if isinstance(leaf, tf.TensorSpec)]
-    return ", ".join(f"{leaf.dtype.name}{list(leaf.shape)}" for leaf in leaves).replace("None", "?")
