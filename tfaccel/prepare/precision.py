@@ -6,7 +6,10 @@
 | NVIDIA, compute capability ≥ 8.0 | `mixed_bfloat16` | native on tensor cores; no loss scaling |
 | NVIDIA, 7.0 – 7.5 | `mixed_float16` | tensor cores have float16 only; Keras adds loss scaling |
 | older GPU, or unknown | `float32` | no tensor cores: half precision would only cost casts |
-| CPU | `float32` | measured: bfloat16 ran a BatchNorm CNN at 0.8–0.9 × of float32 with AVX512-BF16 |
+| CPU | `float32` | exact; with AVX512-BF16 bfloat16 is faster for some nets and slower for others |
+
+On such a CPU, under fused kernels, `tune` took bfloat16 for convolutional nets and transformers (1.14 × for a
+depthwise net) and float32 with XLA for dense and recurrent ones (`benchmarks/tune_regret.py`).
 
 Reference: Micikevicius et al., 2018, "Mixed Precision Training", https://arxiv.org/abs/1710.03740.
 """
@@ -48,8 +51,12 @@ def choose_precision(requested: str | keras.DTypePolicy, devices: Devices) -> Ch
             f"{devices} has no float16 arithmetic: every product would be emulated.",
         )
     reason = "you asked for it"
-    if devices.kind == "cpu" and requested != "float32":
-        reason += "; expect it to be slower than float32 on a CPU"
+    if (
+        devices.kind == "cpu"
+        and requested != "float32"
+        and not ("bfloat16" in requested and devices.bfloat16)
+    ):
+        reason += "; expect it to be slower than float32 on this CPU"
     return Choice(keras.DTypePolicy(requested), reason, by_user=True)
 
 
@@ -58,7 +65,12 @@ def automatic_precision(devices: Devices) -> tuple[str, str]:
     if devices.kind == "tpu":
         return "mixed_bfloat16", "TPUs multiply bfloat16 natively; no loss scaling is needed"
     if devices.kind == "cpu":
-        return "float32", "half precision ran slower than float32 on the CPUs that were measured"
+        if devices.bfloat16:
+            return (
+                "float32",
+                "exact; tfaccel.tune() says whether bfloat16 trains your model faster on this CPU",
+            )
+        return "float32", "this CPU doesn't multiply half precision itself"
     if devices.compute_capability is None:
         return "float32", "the GPU does not tell its compute capability"
     capability = "compute capability {}.{}".format(*devices.compute_capability)
