@@ -148,7 +148,7 @@ class Pruned:
 
     def hold(self, value: Any) -> Any:
         """The value with its zeros."""
-        held = tf.where(tf.convert_to_tensor(self.mask.value), value, tf.zeros_like(value))
+        held = tf.where(tf.convert_to_tensor(self.mask.value), value, tf.zeros([], value.dtype))
         if self.before is not None:
             self.before.assign(held)
         return held
