@@ -13,6 +13,11 @@ class Traces:
     def __init__(self) -> None:
         self.causes: list[str] = []
         self._forms: list[Any] = []
+        self._is_changed = False
+
+    def step_changed(self) -> None:
+        """Call it where a callback asks for the step to be traced anew."""
+        self._is_changed = True
 
     def note(self, data: Any) -> bool:
         """Call it where the step runs as Python; gives whether that is a new trace, and keeps its cause.
@@ -27,8 +32,11 @@ class Traces:
             cause = "the first step"
         elif form not in self._forms:
             cause = f"batches of {_shown(form)}, after {_shown(self._forms[-1])}"
+        elif self._is_changed:
+            cause = "a callback changed what the step does"
         else:
             cause = "the same batches again, in another loop or compiled otherwise"
+        self._is_changed = False
         self._forms.append(form)
         self.causes.append(cause)
         return True

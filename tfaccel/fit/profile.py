@@ -121,13 +121,14 @@ class Profile(Throughput):
             for step in reversed(undo):
                 step()
 
-        self._attachment = Attachment(self.model, take_off, made_anew=self._time_function)
+        self._attachment = Attachment(self.model, take_off, made_anew=self._note_new_function)
         watchers = getattr(self._clock, "watchers", None)
         if watchers is not None:
             watchers.append(self._note_call)
 
-    def _time_function(self) -> None:
-        """Puts the clock round Keras's train function, which callbacks make anew; ours tell by themselves."""
+    def _note_new_function(self) -> None:
+        """Puts the clock round a train function of Keras's that was made anew; ours tell by themselves."""
+        self._traces.step_changed()
         function = self.model.train_function
         if not hasattr(self._clock, "watchers") and not isinstance(function, TimedFunction | None):
             steps = self.model.steps_per_execution
