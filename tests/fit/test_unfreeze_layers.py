@@ -196,6 +196,18 @@ def test_batch_normalization_keeps_its_statistics_while_frozen(helpers, small):
     assert all(weights.moved()[1])
 
 
+@pytest.mark.parametrize("layers", [{"backbone": 1}, 0.5])
+def test_a_normalization_without_weights_is_frozen_with_the_layer_before(helpers, small, layers):
+    stack = [keras.layers.Conv2D(2, 3), keras.layers.BatchNormalization(center=False, scale=False)]
+    backbone = keras.Sequential([keras.Input((7, 7, 1)), *stack], name="backbone")
+    head = [keras.layers.Flatten(), keras.layers.Dense(10)]
+    model = helpers.compile(keras.Sequential([keras.Input((7, 7, 1)), backbone, *head]))
+    weights = Weights()
+    callback = tfaccel.UnfreezeLayers(layers, unit="epochs" if isinstance(layers, dict) else "run")
+    model.fit(*small, epochs=2, verbose=0, callbacks=[callback, weights])
+    assert weights.moved() == [[False] * 4 + [True] * 2, [True] * 6]
+
+
 def test_flags_are_what_they_were(helpers, small):
     model = deep()
     backbone = model.layers[0]

@@ -23,7 +23,7 @@ def by_depth(model: keras.Model) -> list[list[keras.layers.Layer]]:
     groups: list[list[keras.layers.Layer]] = []
     holders = []
     seen: set[int] = set()
-    for layer in _opened(model):
+    for layer in opened(model):
         if id(layer) in seen or not own_variables(layer, inside=not isinstance(layer, keras.Model)):
             continue
         seen.add(id(layer))
@@ -38,11 +38,12 @@ def by_depth(model: keras.Model) -> list[list[keras.layers.Layer]]:
     return [[*holders, *groups[0]], *groups[1:]] if groups else [holders]
 
 
-def _opened(model: keras.Model) -> Iterator[keras.layers.Layer]:
+def opened(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The model and its layers; models in it come before their own layers."""
     yield model
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            yield from _opened(layer)
+            yield from opened(layer)
         else:
             yield layer
 

@@ -17,7 +17,7 @@ import keras
 
 from tfaccel.errors import is_number, refuse
 from tfaccel.fit._joined_schedules import check_unit, share_of_run
-from tfaccel.fit._layer_groups import by_depth, chosen_layers, own_variables
+from tfaccel.fit._layer_groups import by_depth, chosen_layers, opened, own_variables
 from tfaccel.fit._optimizer import inner_optimizer
 from tfaccel.fit._run import updates_done, updates_per_epoch
 from tfaccel.fit._session import Attachment, detach_leftovers
@@ -245,7 +245,12 @@ class _Freezing:
 
     def __init__(self, model: keras.Model, first: Mapping[int, int]):
         self._first = first
-        layers = [layer for layer in inner_layers(model) if any(id(v) in first for v in layer.variables)]
+        self._norms = _norms_without_weights(model, first)
+        layers = [
+            layer
+            for layer in inner_layers(model)
+            if id(layer) in self._norms or any(id(v) in first for v in layer.variables)
+        ]
         self._leaves = [layer for layer in layers if len(inner_layers(layer)) == 1]
         inside = {id(v) for layer in self._leaves for v in layer.variables}
         self._variables = [v for v in model.variables if id(v) in first and id(v) not in inside]
@@ -257,7 +262,8 @@ class _Freezing:
         """What trains later than in this epoch, and nothing else of it."""
         self.restore()
         for layer in self._leaves:
-            if any(self._first.get(id(v), 0) > epoch for v in layer.variables):
+            firsts = [self._first.get(id(v), 0) for v in layer.variables]
+            if max(self._norms.get(id(layer), 0), *firsts) > epoch:
                 layer.trainable = False
         for variable in self._variables:
             if self._first[id(variable)] > epoch:
@@ -267,3 +273,16 @@ class _Freezing:
         """As they were."""
         for each, flag in self._flags:
             each.trainable = flag
+
+
+def _norms_without_weights(model: keras.Model, first: Mapping[int, int]) -> dict[int, int]:
+    """Epochs, by id, of batch normalizations with nothing to train: that of the layer before them."""
+    epochs, last = {}, 0
+    for layer in opened(model):
+        if isinstance(layer, keras.Model):
+            continue
+        if layer.trainable_variables:
+            last = max(first.get(id(v), 0) for v in layer.trainable_variables)
+        elif hasattr(layer, "moving_variance"):
+            epochs[id(layer)] = last
+    return epochs
