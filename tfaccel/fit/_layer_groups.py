@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import keras
 
-from tfaccel.keras_fixes.inner_layers import inner_layers
+from tfaccel.keras_fixes.inner_layers import held_alone, inner_layers
 from tfaccel.selection import Selector, matches, no_match
 
 
@@ -24,7 +24,7 @@ def by_depth(model: keras.Model) -> list[list[keras.layers.Layer]]:
     holders = []
     seen: set[int] = set()
     for layer in opened(model):
-        if id(layer) in seen or not own_variables(layer, inside=not isinstance(layer, keras.Model)):
+        if id(layer) in seen or not own_variables(layer):
             continue
         seen.add(id(layer))
         if isinstance(layer, keras.Model):
@@ -48,17 +48,16 @@ def opened(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield layer
 
 
-def own_variables(layer: keras.layers.Layer, inside: bool = False) -> list[keras.Variable]:
-    """The variables to train that a layer holds by itself; with those of what is inside of it.
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The variables to train that a member of a group stands for.
 
     Args:
-        layer: Or a model.
-        inside: Whether what is inside of it counts.
+        layer: Of a model those that it holds by itself, of another layer all that is inside of it.
     """
-    if inside:
+    if not isinstance(layer, keras.Model):
         return layer.trainable_variables
-    others = {id(v) for other in inner_layers(layer) if other is not layer for v in other.trainable_variables}
-    return [v for v in layer.trainable_variables if id(v) not in others]
+    alone = {id(v) for v in held_alone(layer)}
+    return [v for v in layer.trainable_variables if id(v) in alone]
 
 
 def chosen_layers(model: keras.Model, selector: Selector) -> list[keras.layers.Layer]:

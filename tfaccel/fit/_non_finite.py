@@ -19,7 +19,7 @@ import tensorflow as tf
 from tfaccel.fit._calls import wrap_call, wrap_method
 from tfaccel.fit._optimizer import inner_optimizer
 from tfaccel.fit._state import beside
-from tfaccel.keras_fixes.inner_layers import inner_layers
+from tfaccel.keras_fixes.inner_layers import held_alone, inner_layers
 
 NONE = -1
 LEAST_LOSS_SCALE = 1e-3
@@ -103,7 +103,10 @@ class NonFiniteWatch:
         called = {id(layer) for layer in order}
         self._order = [*order, *(layer for layer in layers if id(layer) not in called)]
         self._output.assign(_first([_any(seen.get(id(layer), [])) for layer in self._order]))
-        weights = [[_is_bad(each.value) for each in _own_floats(layer)] for layer in self._order]
+        weights = [
+            [_is_bad(v.value) for v in held_alone(layer) if keras.backend.is_float_dtype(v.dtype)]
+            for layer in self._order
+        ]
         self._weights.assign(_first([_any(flags) for flags in weights]))
         self._at.assign(tf.cast(inner_optimizer(self._model.optimizer).iterations, tf.int32))
         return 0
@@ -174,9 +177,3 @@ def _first(flags: list[tf.Tensor]) -> tf.Tensor:
     """The place of the first that is true, or `NONE`."""
     together = tf.stack(flags)
     return tf.where(tf.reduce_any(together), tf.argmax(together, output_type=tf.int32), NONE)
-
-
-def _own_floats(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The weights of this layer that no layer inside of it has."""
-    inside = {id(v) for other in inner_layers(layer) if other is not layer for v in other.variables}
-    return [v for v in layer.variables if id(v) not in inside and keras.backend.is_float_dtype(v.dtype)]

@@ -297,7 +297,8 @@ class _Clustered:
             ordered = tf.sort(self.centroids.value, axis=1)
             self.centroids.assign(ordered)
             self.groups.assign(nearest(moved, ordered))
-            self._count()
+            if not self.more_zeros:  # which are counted in each step
+                self._count()
 
         tf.cond(tf.logical_and(is_update, done % self.every == 0), regroup, lambda: None)
         if self.more_zeros:

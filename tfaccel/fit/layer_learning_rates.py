@@ -98,7 +98,7 @@ class LayerLearningRates(keras.callbacks.Callback):
     def _factors(self) -> dict[int, float]:
         """The share of each variable, by its id; fills `shares` for a person."""
         chosen = [
-            (layer, self.decay**depth, own_variables(layer, inside=not isinstance(layer, keras.Model)))
+            (layer, self.decay**depth, own_variables(layer))
             for depth, group in enumerate(reversed(by_depth(self.model)))
             for layer in group
         ][::-1]

@@ -103,7 +103,6 @@ class Profile(Throughput):
         self._traces = Traces()
         self._traced = False
         self._cost: StepCost | None = None
-        self._utilization: float | None = None
         self._looked_at = 0.0
         self._source = data_source(running_epoch_iterator())
         self._callback_times = CallbackTimes(siblings(self), self)
@@ -152,11 +151,8 @@ class Profile(Throughput):
         """Ends the run where the loss is not finite, unless loss scaling may still get over it."""
         if self._watch is None:
             return
-        found, scaled = (
-            self._watch.found(),
-            isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer),
-        )
-        if scaled:
+        found = self._watch.found()
+        if isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer):
             check_loss_scale(self.model.optimizer, found)
         elif found:
             raise FloatingPointError(

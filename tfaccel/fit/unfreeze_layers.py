@@ -135,7 +135,7 @@ class UnfreezeLayers(keras.callbacks.Callback):
             (
                 layer,
                 self._epoch(self.layers * place / steps),
-                own_variables(layer, inside=not isinstance(layer, keras.Model)),
+                own_variables(layer),
             )
             for place, group in enumerate(groups)
             for layer in group

@@ -13,3 +13,9 @@ import keras
 def inner_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layer itself and all layers inside of it, at every depth, each once."""
     return layer._flatten_layers()
+
+
+def held_alone(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The variables that a layer holds by itself, and no layer inside of it."""
+    inside = {id(v) for other in inner_layers(layer) if other is not layer for v in other.variables}
+    return [v for v in layer.variables if id(v) not in inside]

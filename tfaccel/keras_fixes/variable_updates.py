@@ -73,7 +73,8 @@ class _Seam:
             if isinstance(update, _Scaled):  # put there by another replica, which waits for this one
                 update_all(grads, trainable_variables, learning_rate)
                 return
-            by_key = {optimizer._var_key(v): self._factor(v) for v in trainable_variables}
+            made: dict[int, Any] = {}  # what functions gave: once in a step, not for each variable
+            by_key = {optimizer._var_key(v): self._factor(v, made) for v in trainable_variables}
             optimizer.update_step = _Scaled(lambda variable: by_key[optimizer._var_key(variable)], update)
             try:
                 update_all(grads, trainable_variables, learning_rate)
@@ -99,11 +100,15 @@ class _Seam:
         optimizer._backend_update_step, optimizer._apply_weight_decay = update_scaled, decay_scaled
         self._optimizer = reference
 
-    def _factor(self, variable: Any) -> Any:
+    def _factor(self, variable: Any, made: dict[int, Any]) -> Any:
         factor: Any = 1.0
         for factors, _ in self.entries:
             own = factors.get(id(variable), 1.0)
-            factor = factor * (own() if callable(own) else own)
+            if callable(own):
+                if id(own) not in made:
+                    made[id(own)] = own()
+                own = made[id(own)]
+            factor = factor * own
         return factor
 
     def _decay_factor(self, variable: Any) -> float:
