@@ -29,6 +29,7 @@ from datasets import LENGTH, WORDS, load
 import tfaccel
 from tfaccel.demo.training import (
     TrainingClock,
+    accuracy_of_both,
     build_from_seed,
     compile_arguments,
     train_accelerated,
@@ -182,7 +183,7 @@ def train_tuned(build, data, *, find, epochs, batch_size, max_learning_rate, war
 
 def faster(one: TrainingClock, other: TrainingClock) -> float:
     """How many times as fast `one` reaches an accuracy that both reach."""
-    target = min(max(one.accuracies), max(other.accuracies))
+    target = accuracy_of_both(one, other)
     return other.seconds_to(target) / one.seconds_to(target)
 
 

@@ -17,8 +17,8 @@ import tfaccel
 from tfaccel import cli, terminal
 from tfaccel.demo import images as images_module
 from tfaccel.demo.images import load_images, sample_path
-from tfaccel.demo.run import KEYS, DemoResult, run_demo
-from tfaccel.demo.training import TrainingClock, build_from_seed, build_model
+from tfaccel.demo.run import KEYS, run_demo
+from tfaccel.demo.training import TrainingClock, accuracy_of_both, build_from_seed, build_model
 
 
 def few(images, train=400, test=100):
@@ -63,8 +63,7 @@ def test_every_figure_is_there(finished):
     result, _, _ = finished
     assert result.finished
     assert tuple(result.figures) == KEYS
-    reached = {k: v for k, v in result.figures.items() if k not in ("accelerated_seconds", "speedup")}
-    assert all(value is not None for value in reached.values())
+    assert all(value is not None for value in result.figures.values())
     assert result.figures["tflite_bytes"] < result.figures["float_bytes"]
     assert 0 <= result.figures["top1_agreement"] <= 1
     assert set(result.examples_per_s) == {"plain", "accelerated"}
@@ -121,12 +120,28 @@ def test_clock_counts_training_and_not_validation(helpers, small):
     assert clock.seconds_to(1.1) is None
 
 
-def test_unreached_target_is_shown_as_a_dash(finished):
-    result = DemoResult(dict(finished[0].figures), dict(finished[0].examples_per_s), "", True)
-    result.figures["accelerated_seconds"] = result.figures["speedup"] = None
+def clock_of(*epochs):
+    """A clock that has seen these pairs of seconds and accuracy."""
+    clock = TrainingClock(0.0)
+    clock.seconds, clock.accuracies = map(list, zip(*epochs, strict=True))
+    return clock
+
+
+def test_times_are_compared_at_an_accuracy_that_both_reached():
+    higher = clock_of((1.0, 0.5), (2.0, 0.8), (3.0, 0.9))
+    lower = clock_of((0.5, 0.6), (0.8, 0.75), (1.0, 0.7))
+    for one, other in ((higher, lower), (lower, higher)):
+        assert accuracy_of_both(one, other) == 0.75
+    assert (higher.seconds_to(0.75), lower.seconds_to(0.75)) == (2.0, 0.8)
+
+
+def test_speedup_is_the_ratio_of_the_times_to_the_same_accuracy(finished):
+    figures = finished[0].figures
+    assert figures["speedup"] == figures["plain_seconds"] / figures["accelerated_seconds"]
+    assert figures["target_accuracy"] <= figures["plain_accuracy"]
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(terminal.training_table(result))
-    assert "–" in console.export_text()
+    console.print(terminal.training_table(finished[0]))
+    assert "–" not in console.export_text()
 
 
 def test_interrupt_keeps_what_is_known(images, tmp_path, capsys):
@@ -140,7 +155,9 @@ def test_interrupt_keeps_what_is_known(images, tmp_path, capsys):
     assert result.figures["tflite_bytes"] is None
     assert list(tmp_path.iterdir()) == []
     terminal.print_demo(result, tmp_path)
-    assert "Interrupted" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Interrupted" in out
+    assert "–" in out
 
 
 @pytest.mark.slow

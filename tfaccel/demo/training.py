@@ -74,6 +74,11 @@ class TrainingClock(keras.callbacks.Callback):
         return next((seconds for seconds, value in reached if value >= accuracy), None)
 
 
+def accuracy_of_both(one: TrainingClock, other: TrainingClock) -> float:
+    """The highest accuracy that both runs reached: what their times are compared at."""
+    return min(max(one.accuracies), max(other.accuracies))
+
+
 def build_from_seed(build: Callable[[], keras.Model], seed: int) -> keras.Model:
     """A model whose first weights depend on `seed`; what comes later is drawn freely.
 
