@@ -17,6 +17,7 @@ from tfaccel.fast_kernels.predictor import predictor
 from tfaccel.fit import schedules
 from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, CompressionRow, compression_report
+from tfaccel.fit.distill import Distill
 from tfaccel.fit.find_learning_rate import LearningRateCurve, find_learning_rate
 from tfaccel.fit.layer_learning_rates import LayerLearningRates
 from tfaccel.fit.learning_rate import LearningRate, OneCycle, WarmupCosine
@@ -46,6 +47,7 @@ __all__ = [
     "CompressionReport",
     "CompressionRow",
     "Devices",
+    "Distill",
     "ExportError",
     "ExportTFLite",
     "Latency",
