@@ -8,10 +8,11 @@ and with shared values and int8 on top of that twenty times.
 
 Every row begins with the same trained net (`_image_models.py`) and trains it on for as many epochs, the plain
 one too; a seed decides the order of the images and their shifts. A chain prunes, then clusters and rounds
-to eight bits in a second fit of half as many epochs. Accuracy is that of all 10,000 test images, of the float
-model, and of the int8 file in LiteRT (int4_weights for the row of four bits), which is calibrated with 500
-images, or not at all where ranges were learnt in training. Sizes are those of the TFLite files, deflated as
-in a zip. `speedup` is the int8 file's against the float file's on one thread, both run in turn.
+to eight bits in a second fit of half as many epochs. With `--teacher` all of them learn from another of the
+trained nets, besides the labels. Accuracy is that of all 10,000 test images, of the float model, and of the
+int8 file in LiteRT (int4_weights for the row of four bits), which is calibrated with 500 images, or not
+at all where ranges were learnt in training. Sizes are those of the TFLite files, deflated as in a zip. `speedup` is
+the int8 file's against the float file's on one thread, both run in turn.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from _report import print_row
 import tfaccel
 
 EPOCHS = 8
+RATE = 2e-3  # fits a net that has learnt already
 ROWS = {
     "plain": lambda: [[]],
     "prune-0.5": lambda: [[tfaccel.PruneWeights(0.5)]],
@@ -60,10 +62,15 @@ def main():
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--teacher", choices=_image_models.NAMES)
     options = parser.parse_args()
     for name in options.models:
         for row in options.rows:
-            runs = [run(name, row, seed, options.epochs) for seed in range(options.seeds)]
+            runs = [
+                run(name, row, seed, options.epochs, options.rate, options.teacher)
+                for seed in range(options.seeds)
+            ]
             figures = {key: round(statistics.mean(each[key] for each in runs), 4) for key in runs[0]}
             spread = [min(each["accuracy"] for each in runs), max(each["accuracy"] for each in runs)]
             print_row(
@@ -74,17 +81,24 @@ def main():
                 accuracies=spread,
                 seeds=options.seeds,
                 epochs=options.epochs,
+                rate=options.rate,
+                teacher=options.teacher,
             )
 
 
-def run(name, row, seed, epochs):
+def run(name, row, seed, epochs, rate=RATE, teacher=None):
     """Trains the net on, a fit for each list of callbacks, and measures what comes out."""
     model, data = _image_models.trained(name)
     begun = time.monotonic()
+    if teacher is not None:
+        teacher, _ = _image_models.trained(teacher)
     for index, callbacks in enumerate(ROWS[row]()):
-        # The rate that fits a net that has learnt already; half of it, and half the time, for a second fit.
-        rate = 2e-3 / (index + 1)
-        _image_models.train_on(model, data, seed, max(epochs // (index + 1), 1), rate, callbacks)
+        taught = [] if teacher is None else [tfaccel.Distill(teacher)]
+        # Half of the rate, and half the time, for a second fit.
+        share = index + 1
+        _image_models.train_on(
+            model, data, seed, max(epochs // share, 1), rate / share, [*taught, *callbacks]
+        )
     test = data["x_test"], data["y_test"]
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "m.tflite")
