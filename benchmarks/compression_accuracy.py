@@ -29,6 +29,7 @@ from _report import print_row
 import tfaccel
 
 EPOCHS = 8
+TEACHERS_WEIGHT = 0.8
 RATE = 2e-3  # fits a net that has learnt already
 ROWS = {
     "plain": lambda: [[]],
@@ -93,7 +94,7 @@ def run(name, row, seed, epochs, rate=RATE, teacher=None):
     if teacher is not None:
         teacher, _ = _image_models.trained(teacher)
     for index, callbacks in enumerate(ROWS[row]()):
-        taught = [] if teacher is None else [tfaccel.Distill(teacher)]
+        taught = [] if teacher is None else [tfaccel.Distill(teacher, TEACHERS_WEIGHT)]
         # Half of the rate, and half the time, for a second fit.
         share = index + 1
         _image_models.train_on(

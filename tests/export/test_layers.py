@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfaccel
 from tfaccel.export.interpreter import TFLiteRunner
@@ -79,6 +80,17 @@ MODELS = {
     "argmax": lambda: stack((8,), L.Dense(4), L.Lambda(lambda x: keras.ops.argmax(x, -1))),
     "pooled volumes": lambda: stack((7, 6, 5, 2), L.MaxPooling3D((2, 3, 2), (1, 2, 3))),
     "padded volumes": lambda: stack((7, 6, 5, 2), L.MaxPooling3D(3, 2, padding="same")),
+    "decoder": lambda: stack(
+        (6, 5, 3), *[f() for _ in range(3) for f in (L.UpSampling2D, lambda: L.Conv2D(4, 3, padding="same"))]
+    ),
+    "repeated": lambda: stack(
+        (6, 4),
+        L.UpSampling1D(3),
+        L.Conv1D(4, 3),
+        L.Reshape((4, 4, 2, 2)),
+        L.UpSampling3D((1, 2, 3)),
+        L.Conv3D(2, 2),
+    ),
     "multi-hot": lambda: stack((8,), L.CategoryEncoding(5, "multi_hot"), dtype="int32"),
     "counts": lambda: stack((8,), L.CategoryEncoding(5, "count"), dtype="int32"),
 }
@@ -116,6 +128,26 @@ def test_integer_files_agree(tmp_path, kind, recipe):
     file = tfaccel.export_tflite(model, tmp_path / "m.tflite", recipe, calibration=samples(model, 64))
     # 8 bits of a range are about 40 dB; a dozen layers one behind the other keep half of that.
     assert file.parity.sqnr_db > (20 if recipe == "int8" else 25)
+
+
+@pytest.mark.filterwarnings("ignore:calibration looks like noise")
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_biases_that_are_equal_leave_no_operation_in_floats(tmp_path, value):
+    """The converter keeps equal constants once: two kinds of layers may read one."""
+    bias = keras.initializers.Constant(value)
+    wide, deep = (
+        (lambda: L.Conv2D(8, 1, bias_initializer=bias)),
+        (lambda: L.DepthwiseConv2D(3, bias_initializer=bias)),
+    )
+    model = stack((9, 9, 4), wide(), deep(), wide(), deep(), L.Flatten(), L.Dense(8, bias_initializer=bias))
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", "int8", calibration=samples(model, 64))
+    assert file.float_operations == ()
+    assert file.parity.sqnr_db > 30
+
+
+def test_canary_the_converter_refuses_several_upsamplings():
+    with pytest.raises(Exception, match="Conv2D"):
+        tf.lite.TFLiteConverter.from_keras_model(MODELS["decoder"]()).convert()
 
 
 def test_a_mask_does_not_take_the_range_of_what_it_masks(tmp_path):

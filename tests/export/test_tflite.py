@@ -110,6 +110,19 @@ def test_mixed_precision_with_lambda_and_plain_functions(tmp_path):
     assert model.layers[0].dtype_policy.name == "mixed_bfloat16"
 
 
+@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
+def test_models_with_half_precision_weights_convert(tmp_path, policy):
+    keras.config.set_dtype_policy(policy)
+    layers = keras.layers
+    stack = [layers.Conv2D(4, 3), layers.BatchNormalization(), layers.GlobalAveragePooling2D()]
+    model = keras.Sequential([keras.Input((8, 8, 3)), *stack, layers.Dense(5)])
+    keras.config.set_dtype_policy("float32")
+    x = np.random.default_rng(0).random((40, 8, 8, 3), dtype="float32")
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", calibration=x)
+    assert file.parity.sqnr_db > (30 if policy == "bfloat16" else 45)  # 8 or 11 bits, less the sums
+    assert {layer.dtype_policy.name for layer in model.layers} == {policy}
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_canary_the_converter_refuses_half_precision(helpers, policy):
     keras.config.set_dtype_policy(policy)
@@ -460,10 +473,10 @@ def test_bad_arguments(helpers, tmp_path, arguments, text):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_accuracy_of_a_regression_is_refused(tmp_path):
+def test_labels_that_do_not_vary_have_no_coefficient_of_determination(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    with pytest.raises(ValueError, match="Accuracy does not apply"):
-        tfaccel.export_tflite(model, tmp_path / "m.tflite", evaluate=(np.ones((4, 3)), np.ones(4)))
+    with pytest.raises(ValueError, match="labels that vary"):
+        tfaccel.export_tflite(model, tmp_path / "m.tflite", evaluate=(np.ones((4, 3)), np.full(4, 2.0)))
 
 
 @pytest.mark.parametrize("where", ["missing/m.tflite", "."])

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tfaccel
+from tfaccel.export.measures import measure_for
 from tfaccel.export.samples import clean_name
 
 L = keras.layers
@@ -49,18 +50,67 @@ def test_a_score_that_is_no_number(net, tmp_path, value):
 @pytest.mark.parametrize(
     ("labels", "units"),
     [
-        (np.random.default_rng(0).normal(size=(300, 2)), 2),  # a regression
-        (np.ones((300, 5)), 5),  # several labels at once
         (np.zeros((1, 300)), 2),
+        (np.full((300, 2), np.nan), 2),
         (np.zeros(150), 2),
         (np.full(300, 7), 3),
         (np.full(300, 0.5), 3),
     ],
 )
-def test_labels_that_accuracy_does_not_apply_to(tmp_path, labels, units):
+def test_labels_that_do_not_go_with_the_outputs(tmp_path, labels, units):
     model = keras.Sequential([keras.Input((8,)), L.Dense(units)])
-    with pytest.raises(ValueError, match="are not classes of"):
+    with pytest.raises(ValueError, match="don't go with outputs of"):
         tfaccel.export_tflite(model, tmp_path / "m.tflite", evaluate=(labelled()[0], labels), max_drop=0.1)
+
+
+def measured(labels, outputs):
+    measure = measure_for(np.asarray(labels), [np.asarray(outputs, "float32")])
+    return measure.name, measure.of(np.asarray(outputs, "float32"))
+
+
+def test_what_labels_are_scored_by():
+    """Against what one would count by hand."""
+    scores = [[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.3, 0.4, 0.3]]
+    for labels in ([1, 0, 2, 2], [[1], [0], [2], [2]], np.eye(3)[[1, 0, 2, 2]]):
+        assert measured(labels, scores) == ("accuracy", 0.75)
+    pixels = np.eye(3)[[[1, 0], [2, 2]]]  # two pictures of two pixels
+    assert measured([[1, 0], [2, 0]], pixels) == ("accuracy", 0.75)
+    assert measured([[[1], [0]], [[2], [0]]], pixels) == ("accuracy", 0.75)
+    for labels in ([1, 0, 1, 1], [[1], [0], [1], [1]]):
+        assert measured(labels, [[0.9], [0.2], [0.4], [0.7]]) == ("accuracy", 0.75)
+        assert measured(labels, [[3.0], [-2.0], [0.4], [-0.1]]) == ("accuracy", 0.75)  # logits
+    assert measured([[1, 1], [0, 1]], [[0.9, 0.2], [0.4, 0.6]]) == ("accuracy", 0.75)  # several at once
+    assert measured([1.0, 2.0, 3.0, 4.0], [[1.0], [2.0], [3.0], [3.0]]) == ("R²", 1 - 1 / 5)
+
+
+def test_a_binary_classifier_and_a_regression_are_scored_without_a_function(tmp_path):
+    x, y = labelled()
+    for last, labels, loss, name in (
+        (L.Dense(1, "sigmoid"), y == 0, "binary_crossentropy", "accuracy"),
+        (L.Dense(1), x.sum(1), "mse", "R²"),
+    ):
+        model = keras.Sequential([keras.Input((8,)), L.Dense(16, "relu"), last])
+        model.compile(keras.optimizers.Adam(1e-2), loss)
+        model.fit(x, labels, epochs=20, verbose=0)
+        path = tmp_path / f"{name}.tflite"
+        file = tfaccel.export_tflite(model, path, "int8", calibration=x, evaluate=(x, labels), max_drop=0.05)
+        assert file.score.name == name
+        assert file.score.model > 0.8
+        assert f"{name} 0." in str(file)
+        assert tfaccel.TFLiteFile.load(file.path).score == file.score
+        predicted = model.predict(x, verbose=0)[:, 0]
+        share = np.mean((predicted > 0.5) == labels)
+        explained = 1 - np.sum((labels - predicted) ** 2) / np.sum((labels - np.mean(labels)) ** 2)
+        assert file.score.model == pytest.approx(share if name == "accuracy" else explained, abs=1e-5)
+
+
+def test_labels_of_several_outputs_want_a_function(tmp_path):
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, {"a": L.Dense(3)(inputs), "b": L.Dense(2)(inputs)})
+    x, y = labelled()
+    for labels in ({"a": y, "b": y}, [y, y]):
+        with pytest.raises(ValueError, match="labels for several outputs"):
+            tfaccel.export_tflite(model, tmp_path / "m.tflite", evaluate=(x, labels))
 
 
 def test_a_score_on_a_scale_of_its_own(net, tmp_path):

@@ -212,7 +212,7 @@ def test_the_file_has_the_weights_exactly(helpers, small, tmp_path):
         ({"freeze_norms_epoch": -1}, "an integer ≥ 0"),
         ({"activation_bits": 4}, "8, 16 or None"),
         ({"activation_bits": True}, "8, 16 or None"),
-        ({"ranges": "minmax"}, "'moving_average' or 'learned'"),
+        ({"ranges": "minmax"}, "'extremes', 'moving_average', 'learned'"),
         ({"layers": {"head": 1}}, "2 to 16"),
         ({"layers": 5}, "a layer's name"),
     ],

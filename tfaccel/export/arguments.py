@@ -12,10 +12,11 @@ import keras
 
 from tfaccel.errors import refuse
 from tfaccel.export.calibration import check_values
+from tfaccel.export.measures import measure_for
 from tfaccel.export.metadata import check_metadata
 from tfaccel.export.recipes import RECIPES, Recipe, find_recipe
 from tfaccel.export.samples import collect_samples
-from tfaccel.export.scoring import accuracy, is_function, labels_of, scoring_data
+from tfaccel.export.scoring import is_function, labels_of, scoring_data
 from tfaccel.export.search import AutoRecipe
 from tfaccel.export.selection import Selector, check_selection
 from tfaccel.export.serving import ServingFunction
@@ -126,7 +127,7 @@ def check_data(
     """Looks at the data, so that what can't be used is known before a training.
 
     Raises:
-        ValueError: Data of another shape, without labels, or outputs that have no accuracy.
+        ValueError: Data of another shape, without labels, or labels that don't go with the outputs.
     """
     serving = ServingFunction(model, input_signature)
     if calibration is not None:
@@ -136,4 +137,4 @@ def check_data(
         data, argument = scoring_data(evaluate, calibration)
         samples = collect_samples(data, serving.specs, serving.batch_size or 64, argument=argument)
         rows = samples.whole_batches(serving.batch_size)
-        accuracy(labels_of(rows, argument), list(serving.predict(rows).values()))
+        measure_for(labels_of(rows, argument), list(serving.predict(rows).values()))

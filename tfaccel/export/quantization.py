@@ -34,6 +34,8 @@ CALIBRATION_BATCH = 16
 # Weights, by their bits: turning inputs into integers as it runs costs more than so few multiplications
 # bring.
 SMALL = {8: 1024, 4: 0}
+BIASED_KINDS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")
+BIAS_PLACE = 2  # among their inputs
 ROUNDED_KINDS = ("FULLY_CONNECTED", "CONV_2D")
 FOUR_BIT_KINDS = ("FULLY_CONNECTED", "CONV_2D", "EMBEDDING_LOOKUP")  # LiteRT has kernels for these
 
@@ -90,11 +92,12 @@ def quantize(
 def _shared_weights(content: bytes, operations: Sequence[Operation]) -> set[str]:
     """Constants that operations of several kinds read, such as an embedding that is also the last layer.
 
-    A product wants a scale for each channel of them, a lookup one for all, and the file has room for one.
+    A product wants a scale for each channel of them, a lookup one for all, and the file has room for one. A
+    bias, which the converter keeps once where several are equal, is given to each operation by the quantizer.
     """
     kinds: dict[str, set[str]] = {}
     for each in operations:
-        for name in each.inputs:
+        for name in each.inputs[: BIAS_PLACE if each.kind in BIASED_KINDS else None]:
             kinds.setdefault(name, set()).add(each.kind)
     several = {name for name, mine in kinds.items() if len(mine) > 1}
     return several & constant_names(content) if several else set()

@@ -21,11 +21,13 @@ class Samples:
         inputs: Arrays of shape `(rows, ...)`, flat, in the order of the model's inputs.
         labels: Array of shape `(rows, ...)`, or None where the data has none.
         made_up: True where no data was given and the rows are random numbers.
+        several_labels: Whether the data has labels for several outputs, which are left out.
     """
 
     inputs: tuple[np.ndarray, ...]
     labels: np.ndarray | None = None
     made_up: bool = False
+    several_labels: bool = False
 
     def __len__(self) -> int:
         return len(self.inputs[0])
@@ -45,7 +47,8 @@ class Samples:
 
     def _rows(self, which: Any) -> Samples:
         labels = None if self.labels is None else self.labels[which]
-        return Samples(tuple(array[which] for array in self.inputs), labels, self.made_up)
+        inputs = tuple(array[which] for array in self.inputs)
+        return Samples(inputs, labels, self.made_up, self.several_labels)
 
     def whole_batches(self, batch_size: int | None) -> Samples:
         """As many rows as fill batches of that size; all where none is fixed.
@@ -95,7 +98,7 @@ def collect_samples(data: Any, specs: list[tf.TensorSpec], limit: int | None, *,
         arrays = tuple(np.asarray(leaf) for leaf in _by_name(x, specs, argument))
         _check_batch(arrays, specs, argument)
         inputs.append(arrays)
-        labels.append(y)
+        labels.append(keras.tree.flatten(y))
         rows += len(arrays[0])
         if limit is not None and rows >= limit:
             break
@@ -116,8 +119,9 @@ def collect_samples(data: Any, specs: list[tf.TensorSpec], limit: int | None, *,
         np.concatenate(column)[:limit].astype(spec.dtype.as_numpy_dtype, copy=False)
         for column, spec in zip(zip(*inputs, strict=True), specs, strict=True)
     )
-    single = all(hasattr(y, "shape") for y in labels)
-    return Samples(merged, np.concatenate([np.asarray(y) for y in labels])[:limit] if single else None)
+    if all(len(y) == 1 and hasattr(y[0], "shape") for y in labels):
+        return Samples(merged, np.concatenate([np.asarray(y[0]) for y in labels])[:limit])
+    return Samples(merged, several_labels=all(len(y) > 1 for y in labels))
 
 
 def make_up_samples(specs: list[tf.TensorSpec], rows: int = 16) -> Samples:

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from tfaccel.export.interpreter import TFLiteRunner
+from tfaccel.export.measures import measure_for
 from tfaccel.export.samples import Samples, collect_samples
 from tfaccel.export.serving import ServingFunction
 
@@ -26,15 +27,17 @@ class Score:
         model: The Keras model's.
         file: The file's.
         samples: How many samples they were measured on; None where the user's function did it.
+        name: `"accuracy"`, `"R²"`, or `"score"` where the user's function did it.
 
     Example:
-        >>> print(Score(model=0.91, file=0.905, samples=1000))
-        score 0.9100 (model) → 0.9050 (file) on 1000 samples
+        >>> print(Score(model=0.91, file=0.905, samples=1000, name="accuracy"))
+        accuracy 0.9100 (model) → 0.9050 (file) on 1000 samples
     """
 
     model: float
     file: float
     samples: int | None = None
+    name: str = "score"
 
     @property
     def drop(self) -> float:
@@ -44,11 +47,11 @@ class Score:
     def __str__(self) -> str:
         """One line for a person."""
         rows = "" if self.samples is None else f" on {self.samples} samples"
-        return f"score {self.model:.4f} (model) → {self.file:.4f} (file){rows}"
+        return f"{self.name} {self.model:.4f} (model) → {self.file:.4f} (file){rows}"
 
 
 class Scorer:
-    """Scores model and files with the user's function, or by accuracy on labelled data.
+    """Scores model and files with the user's function, or by what `measure_for` finds for labelled data.
 
     Args:
         serving: The model.
@@ -56,7 +59,7 @@ class Scorer:
         calibration: Labelled data for that case.
 
     Raises:
-        ValueError: No labels, or outputs that accuracy does not apply to.
+        ValueError: No labels, or labels that don't go with the outputs.
     """
 
     def __init__(self, serving: ServingFunction, evaluate: Any, calibration: Any):
@@ -67,14 +70,19 @@ class Scorer:
             data, argument = scoring_data(evaluate, calibration)
             samples = collect_samples(data, serving.specs, None, argument=argument)
             self.samples = samples.whole_batches(serving.batch_size)
-            self._labels = labels_of(self.samples, argument)
-        self.of_model = self._score(serving.predict)
+            outputs = list(serving.predict(self.samples).values())
+            self._measure = measure_for(labels_of(self.samples, argument), outputs)
+            self.of_model = self._measure.of(outputs[0])
+        else:
+            self.of_model = self._score(serving.predict)
 
     def score(self, runner: TFLiteRunner) -> Score:
         """The file's score beside the model's."""
         names = [spec.name for spec in self._serving.specs]
         of_file = self._score(lambda samples: runner.predict(samples, names))
-        return Score(self.of_model, of_file, None if self.samples is None else len(self.samples))
+        if self.samples is None:
+            return Score(self.of_model, of_file)
+        return Score(self.of_model, of_file, len(self.samples), self._measure.name)
 
     def _score(self, predict: Predict) -> float:
         if self.samples is None:
@@ -85,7 +93,7 @@ class Scorer:
                     "predict, which takes arrays and gives the outputs; return float(score)."
                 )
             return float(score)
-        return accuracy(self._labels, list(predict(self.samples).values()))
+        return self._measure.of(next(iter(predict(self.samples).values())))
 
 
 def is_function(evaluate: Any) -> bool:
@@ -104,6 +112,11 @@ def labels_of(samples: Samples, argument: str) -> np.ndarray:
     Raises:
         ValueError: They have none.
     """
+    if samples.labels is None and samples.several_labels:
+        raise ValueError(
+            f"{argument} has labels for several outputs, which one figure can't score. Allowed: a function. "
+            "Pass evaluate=function, which is given predict and returns a score."
+        )
     if samples.labels is None:
         raise ValueError(
             f"{argument} has no labels to score with. Allowed: (x, y), a dataset of (x, y), or a "
@@ -125,29 +138,3 @@ def _for_user(predict: Predict, serving: ServingFunction) -> Callable:
         return serving.in_structure(predict(samples))
 
     return predict_arrays
-
-
-def accuracy(labels: np.ndarray, outputs: list[np.ndarray]) -> float:
-    """Share (0..1) of samples whose largest output is the label (class index or one-hot).
-
-    Raises:
-        ValueError: More than one output, or outputs that are not one score per class.
-    """
-    if len(outputs) != 1 or outputs[0].ndim != 2 or outputs[0].shape[1] < 2:
-        shapes = [output.shape[1:] for output in outputs]
-        raise ValueError(
-            f"Accuracy does not apply to outputs of shape {shapes}. Allowed: one output with a score "
-            "per class. Pass evaluate=function, which is given predict and returns a score."
-        )
-    rows, classes = outputs[0].shape
-    of_class = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.shape == (rows, classes) and (np.abs(labels.sum(1) - 1) < 1e-3).all() and labels.min() >= 0:
-        of_class = labels.argmax(-1)
-    whole = of_class.shape == (rows,) and (of_class == np.round(of_class)).all()
-    if not whole or of_class.min() < 0 or of_class.max() >= classes:
-        raise ValueError(
-            f"Labels of shape {labels.shape}, {labels.min():g} to {labels.max():g}, are not classes of "
-            f"{rows} samples with {classes} scores each. Allowed: a class index, 0 to {classes - 1}, or a "
-            "one-hot row for each. Pass evaluate=function for another score."
-        )
-    return float(np.mean(outputs[0].argmax(-1) == of_class))

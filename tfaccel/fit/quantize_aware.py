@@ -24,7 +24,7 @@ from typing import Any
 import keras
 
 from tfaccel.errors import is_whole, refuse
-from tfaccel.fit._activations import RoundedActivations
+from tfaccel.fit._activations import KINDS, RoundedActivations
 from tfaccel.fit._calls import wrap_call
 from tfaccel.fit._choice import (
     Choice,
@@ -42,7 +42,6 @@ from tfaccel.fit.compression_report import CompressionReport, compression_report
 from tfaccel.keras_fixes.inner_layers import inner_layers
 from tfaccel.learned_ranges import find_rounded_tensors, remember
 
-RANGES = ("moving_average", "learned")
 ARGUMENTS = ("bits", "activation_bits", "ranges", "begin_epoch", "freeze_norms_epoch", "layers")
 
 
@@ -64,9 +63,10 @@ class QuantizeAware(keras.callbacks.Callback):
         bits: Of each weight, 2 to 16. Default 8. A dict in `layers` gives some layers another number.
         activation_bits: Of each activation: 8 (default) for int8 files, 16 for `"int16x8"`, None leaves
             activations alone.
-        ranges: `"moving_average"` (default): of the batches' lowest and highest values. `"learned"`: moved
-            by the loss's gradient from those of the first batch on; what is far out is cut off where that
-            serves the loss.
+        ranges: `"extremes"` (default): the batches' lowest and highest values, held, and let go slowly where
+            they shrink. `"moving_average"`: the average of those, which cuts off what is rare; as tfmot has
+            it. `"learned"`: moved by the loss's gradient from those of the first batch on; what is far out is
+            cut off where that serves the loss.
         begin_epoch: The epoch at whose beginning it starts. Default 0.
         freeze_norms_epoch: The epoch from which on batch normalizations use their moving statistics, as the
             file does, and keep them; their scales and offsets go on learning. Default None: never.
@@ -100,7 +100,7 @@ class QuantizeAware(keras.callbacks.Callback):
         bits: int = 8,
         activation_bits: int | None = 8,
         *,
-        ranges: str = "moving_average",
+        ranges: str = "extremes",
         begin_epoch: int = 0,
         freeze_norms_epoch: int | None = None,
         layers: Layers = None,
@@ -114,8 +114,8 @@ class QuantizeAware(keras.callbacks.Callback):
                 raise refuse("bits", number, "an integer, 2 to 16", "8 for int8 files, 4 for int4_weights.")
         if activation_bits not in (8, 16, None) or activation_bits is True:
             raise refuse("activation_bits", activation_bits, "8, 16 or None", "8 for int8 files.")
-        if ranges not in RANGES:
-            raise refuse("ranges", ranges, "'moving_average' or 'learned'", "Leave it out for the former.")
+        if ranges not in KINDS:
+            raise refuse("ranges", ranges, ", ".join(map(repr, KINDS)), "Leave it out for the first.")
         if not is_whole(begin_epoch, 0):
             raise refuse("begin_epoch", begin_epoch, "an integer ≥ 0", "0 is the first epoch.")
         if freeze_norms_epoch is not None and not is_whole(freeze_norms_epoch, 0):
@@ -164,7 +164,7 @@ class QuantizeAware(keras.callbacks.Callback):
                 f"{error} Allowed: what export_tflite takes with 'int8'. Pass activation_bits=None to round "
                 "weights only."
             ) from error
-        return RoundedActivations(self.model, rounding, bits, by_gradient=self.ranges == "learned")
+        return RoundedActivations(self.model, rounding, bits, self.ranges)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Starts, and freezes, in the first epoch that is not before theirs."""

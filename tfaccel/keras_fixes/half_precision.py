@@ -12,7 +12,7 @@ Smallest reproduction (TensorFlow 2.21, Keras 3.15.1):
 
 The fix: the weights of such a model are float32 already, and each layer asks its policy for the dtype to
 compute in when it is called. So the graph is traced while every layer's policy is float32, and the policies
-are put back.
+are put back. Where weights are half precision too ("bfloat16"), the policy says so, and Keras casts them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,15 @@ def computing_in_float32(model: keras.Model) -> Iterator[None]:
     policies = [layer.dtype_policy for layer in layers]
     try:
         for layer in layers:
-            layer.dtype_policy = keras.DTypePolicy("float32")
+            layer.dtype_policy = _in_float32(layer.variable_dtype)
         yield
     finally:
         for layer, policy in zip(layers, policies, strict=True):
             layer.dtype_policy = policy
+
+
+def _in_float32(variable_dtype: str) -> keras.DTypePolicy:
+    """The policy of a layer that computes in float32 with weights of that dtype; Keras has no name for it."""
+    policy = keras.DTypePolicy("float32")
+    policy._variable_dtype = variable_dtype
+    return policy

@@ -2,8 +2,9 @@
 
 `keras.ops.argmax` looks at the sign bit of zeros (BitwiseAnd), `MaxPooling3D` and `AveragePooling3D` are one
 operation (MaxPool3D, AvgPool3D), `CategoryEncoding` counts with DenseBincount. TensorFlow's converter refuses
-each of them. `Flatten` and `Reshape` ask for the batch size (Shape), which a quantizer answers with a copy of
-the tensor in floats.
+each of them. `UpSampling2D` repeats rows, for which TensorFlow asks the open batch size: behind some of them
+the height and width are unknown, and the next convolution is refused (Conv2D). `Flatten` and `Reshape` ask
+for the batch size (Shape), which a quantizer answers with a copy of the tensor in floats.
 
 Smallest reproduction (TensorFlow 2.21, Keras 3.15.1):
 
@@ -14,13 +15,13 @@ Smallest reproduction (TensorFlow 2.21, Keras 3.15.1):
 
 The fix acts while a model is traced for LiteRT: a sign is a comparison with zero (LiteRT does not tell -0.0
 from 0.0), pooling over a volume is pooling over its planes and then over their depth, counting is the sum of
-one-hot
-rows, and the one open length of a reshape is -1.
+one-hot rows, repeating is resizing to the nearest, and the one open length of a reshape is -1.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,22 @@ def _reshape(original: Callable, setting: Callable[[], Any]) -> Callable:
     return reshape
 
 
+def _repeat(original: Callable, setting: Callable[[], Any]) -> Callable:
+    def repeat(x: Any, repeats: Any, axis: Any = None) -> tf.Tensor:
+        sizes = list(x.shape) if hasattr(x, "shape") and x.shape.rank is not None else []
+        place = axis + len(sizes) if isinstance(axis, int) and axis < 0 else axis
+        known = isinstance(place, int) and 0 < place < len(sizes) and None not in sizes[1:]
+        if not (setting() and known and isinstance(repeats, int) and x.dtype.is_floating):
+            return original(x, repeats, axis)
+        # Whatever lies before the axis is a batch of pictures, one column wide; what lies behind it, colours.
+        size, behind = sizes[place], math.prod(sizes[place + 1 :])
+        columns = tf.reshape(x, [-1, size, 1, behind])
+        columns = tf.image.resize(columns, [size * repeats, 1], "nearest")
+        return tf.reshape(columns, [-1, *sizes[1:place], size * repeats, *sizes[place + 1 :]])
+
+    return repeat
+
+
 def _bincount(original: Callable, setting: Callable[[], Any]) -> Callable:
     def bincount(arr: Any, weights: Any = None, minlength: Any = None, **rest: Any) -> tf.Tensor:
         known = isinstance(minlength, int) and rest.get("maxlength") == minlength and rest.get("axis") == -1
@@ -87,6 +104,7 @@ def _bincount(original: Callable, setting: Callable[[], Any]) -> Callable:
 _PATCHES = (
     Patch(keras_numpy, "signbit", _signbit),
     Patch(keras_numpy, "reshape", _reshape),
+    Patch(keras_numpy, "repeat", _repeat),
     Patch(tf.nn, "max_pool", _pool),
     Patch(tf.nn, "avg_pool", _pool),
     Patch(tf.math, "bincount", _bincount),
