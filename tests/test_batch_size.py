@@ -135,3 +135,11 @@ def test_fewer_samples_than_the_smallest_batch_are_refused(helpers, small):
     model = helpers.compile(helpers.build())
     with pytest.raises(ValueError, match="at most the 4 samples"):
         tfaccel.find_batch_size(model, tuple(each[:4] for each in small))
+
+
+def test_a_dataset_ends_where_its_samples_do(helpers, small):
+    """240 samples in batches of 24; the search would repeat them for ever."""
+    data = tf.data.Dataset.from_tensor_slices(small).batch(24)
+    sizes = tfaccel.find_batch_size(helpers.compile(helpers.build()), data, smallest=64)
+    assert sizes.largest == 128
+    assert "the most that there are" in str(sizes)

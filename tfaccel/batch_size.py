@@ -195,7 +195,7 @@ class _Data:
     def __init__(self, dataset: Any):
         self._dataset = dataset
         self._arrays = Sample(dataset) if isinstance(dataset, tuple) else None
-        self.samples = math.inf if self._arrays is None else len(keras.tree.flatten(dataset[0])[0])
+        self.samples = _count(dataset) if self._arrays is None else len(keras.tree.flatten(dataset[0])[0])
 
     def form(self) -> Any:
         """What `estimate_memory` reads shapes from."""
@@ -209,6 +209,14 @@ class _Data:
             return {**dict(zip(names, some, strict=False)), "batch_size": size}
         again = self._dataset.unbatch().repeat().batch(size, drop_remainder=True)
         return {"x": again.take(count).cache()}
+
+
+def _count(dataset: tf.data.Dataset) -> float:
+    """How many samples a dataset has, the last batch counted as a full one; infinity where it can't tell."""
+    batches = int(dataset.cardinality())
+    if batches <= 0:  # TensorFlow's negative numbers: without end, or not known
+        return math.inf
+    return batches * int(tf.shape(tf.nest.flatten(next(iter(dataset)))[0])[0])
 
 
 class _Search:

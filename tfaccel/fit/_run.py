@@ -78,6 +78,30 @@ def updates_done(optimizer: keras.optimizers.Optimizer) -> int:
     return int(keras.ops.convert_to_numpy(inner_optimizer(optimizer).iterations))
 
 
+def check_updates(callback: keras.callbacks.Callback, before: int) -> None:
+    """Raises ValueError at the end of an epoch in which `model.optimizer` made no update.
+
+    A GAN's `train_step` applies optimizers of its own. Keras still gives the model one, which then does
+    nothing, and whatever follows its updates would do nothing too, without a word.
+
+    Args:
+        callback: Of the running `fit`.
+        before: Updates that had been made when the epoch began.
+    """
+    optimizer = callback.model.optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):  # skips steps that overflow
+        return
+    micro_batches = optimizer.gradient_accumulation_steps or 1
+    if updates_done(optimizer) == before and (callback.params.get("steps") or 1) >= micro_batches:
+        raise ValueError(
+            f"{type(callback).__name__} follows the updates of model.optimizer, "
+            f"a {type(optimizer).__name__}, which made none in an epoch: the train_step of "
+            f"{callback.model.name!r} applies others. Allowed: a train_step that calls self.optimizer.apply. "
+            "Leave the callback out; for a schedule, give each of your optimizers one of "
+            "keras.optimizers.schedules."
+        )
+
+
 def updates_with_this_one(optimizer: keras.optimizers.Optimizer) -> tuple[Any, Any]:
     """Inside of `apply`, behind the update: how many there are now, and whether this call was one.
 

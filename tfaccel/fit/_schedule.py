@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfaccel.errors import is_number, is_whole, refuse
 from tfaccel.fit._optimizer import Curve, drive, inner_optimizer, momentum_name
-from tfaccel.fit._run import updates_done, updates_per_epoch
+from tfaccel.fit._run import check_updates, updates_done, updates_per_epoch
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.keras_fixes.callback_siblings import siblings
 from tfaccel.keras_fixes.whole_executions import check_whole_executions
@@ -39,6 +39,7 @@ class ScheduleCallback(keras.callbacks.Callback):
         self.max_learning_rate = float(max_learning_rate)
         self.steps_per_epoch = steps_per_epoch
         self._attachment: Attachment | None = None
+        self._updates_before: int | None = None  # the first epoch of this fit
 
     def learning_rate_at(self, progress: Any, epochs: float) -> Any:
         """The learning rate at `progress` (0..1) of a run of so many epochs."""
@@ -72,7 +73,7 @@ class ScheduleCallback(keras.callbacks.Callback):
         epochs = self.params["epochs"]
         last_step = max(int(per_epoch * epochs) - 1, 1)
         optimizer = inner_optimizer(self.model.optimizer)
-        iterations = updates_done(self.model.optimizer)
+        iterations = self._updates_before = updates_done(self.model.optimizer)
 
         def along(curve: Callable[[Any, float], Any]) -> Curve:
             return lambda step: curve(tf.clip_by_value(step / last_step, 0.0, 1.0), epochs)
@@ -89,6 +90,9 @@ class ScheduleCallback(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes `learning_rate`, that of the last update, into the logs."""
+        if self._updates_before is not None:
+            check_updates(self, self._updates_before)
+            self._updates_before = None
         if logs is not None:
             rate = inner_optimizer(self.model.optimizer).learning_rate
             logs["learning_rate"] = float(keras.ops.convert_to_numpy(rate))

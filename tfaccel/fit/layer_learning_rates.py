@@ -17,6 +17,7 @@ import keras
 from tfaccel.errors import is_number, refuse
 from tfaccel.fit._layer_groups import by_depth, chosen_layers, own_variables
 from tfaccel.fit._optimizer import inner_optimizer
+from tfaccel.fit._run import check_updates, updates_done
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.keras_fixes.callback_siblings import siblings
 from tfaccel.keras_fixes.variable_updates import scale_learning_rates
@@ -70,6 +71,7 @@ class LayerLearningRates(keras.callbacks.Callback):
         self.layers, self.decay = dict(layers or {}), float(decay)
         self.shares: dict[str, float] = {}
         self._attachment: Attachment | None = None
+        self._updates_before: int | None = None  # the first epoch of this fit
 
     def set_model(self, model: keras.Model) -> None:
         """Takes off what an interrupted fit left on the model."""
@@ -94,6 +96,13 @@ class LayerLearningRates(keras.callbacks.Callback):
         factors = self._factors()
         if any(factor != 1 for factor in factors.values()):
             self._attachment = Attachment(self.model, scale_learning_rates(optimizer, factors))
+            self._updates_before = updates_done(optimizer)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Says, after the first epoch, if there were no updates that it could have had a share in."""
+        if self._updates_before is not None:
+            check_updates(self, self._updates_before)
+            self._updates_before = None
 
     def _factors(self) -> dict[int, float]:
         """The share of each variable, by its id; fills `shares` for a person."""

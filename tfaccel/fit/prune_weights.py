@@ -29,7 +29,13 @@ from tfaccel.fit._choice import (
     skipped_weights,
 )
 from tfaccel.fit._pruning import Masks, Pattern, Pruned
-from tfaccel.fit._run import check_early_stopping, check_order, updates_done, updates_per_epoch
+from tfaccel.fit._run import (
+    check_early_stopping,
+    check_order,
+    check_updates,
+    updates_done,
+    updates_per_epoch,
+)
 from tfaccel.fit._session import detach_leftovers
 from tfaccel.fit._weights import WeightUpdates
 from tfaccel.fit.compression_report import CompressionReport, compression_report
@@ -107,6 +113,7 @@ class PruneWeights(keras.callbacks.Callback):
         self._check()
         self.report: CompressionReport | None = None
         self._updates: WeightUpdates | None = None
+        self._updates_before: int | None = None  # the first epoch of this fit
 
     def _check(self) -> None:
         check_layers(self.layers)
@@ -187,7 +194,8 @@ class PruneWeights(keras.callbacks.Callback):
         done = round(updates_per_epoch(self) * epoch)
         with self.model.distribute_strategy.scope():
             weights = [Pruned(each, self.importance, self._initial(each, done)) for each in self._chosen]
-        start = updates_done(self.model.optimizer) - done
+        self._updates_before = updates_done(self.model.optimizer)
+        start = self._updates_before - done
         self._masks = Masks(self.model, weights, self._pattern, self._plan, start)
         self._masks.begin(done)
         self._updates = WeightUpdates(self.model, self._masks.updates())
@@ -213,6 +221,9 @@ class PruneWeights(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes `sparsity`, the share of zeros (0..1) in the weights that are pruned, into the logs."""
+        if self._updates_before is not None:
+            check_updates(self, self._updates_before)
+            self._updates_before = None
         if logs is not None and self._chosen:
             logs["sparsity"] = share_of_zeros(self._chosen)
 
