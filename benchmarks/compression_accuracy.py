@@ -52,6 +52,10 @@ ROWS = {
         [tfaccel.PruneWeights(0.9, scope="global")],
         [tfaccel.ClusterWeights(16), tfaccel.QuantizeAware(8)],
     ],
+    "chain-0.91": lambda: [
+        [tfaccel.PruneWeights(0.91, scope="global")],
+        [tfaccel.ClusterWeights(16), tfaccel.QuantizeAware(8)],
+    ],
 }
 MODELS = (*_image_models.NAMES, "plain")
 

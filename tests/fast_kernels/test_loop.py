@@ -311,12 +311,14 @@ def test_models_that_cannot_be_accelerated_train_as_plain_keras_and_say_why(help
 
 
 def test_compiled_again_outside_the_scope_is_plain_keras(helpers, small):
-    model, *_ = fit(helpers, small, "fused")
+    model, _, _, accelerator = fit(helpers, small, "fused")
     helpers.compile(model, jit_compile=False)
     assert type(model.train_function).__name__ == "NoneType"
     model.fit(*small, verbose=0)
     assert type(model.train_function).__name__ == "function"
     assert int(model.optimizer.iterations) == 8
+    assert "compiled again outside of the scope" in str(accelerator)
+    assert "one fused op" not in str(accelerator)
 
 
 def test_data_larger_than_the_memory_allows_are_streamed(helpers, small, monkeypatch):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from distribution_cells import mirrored
 
 import tfaccel
 
@@ -316,3 +317,70 @@ def test_fit_inside_fit_and_evaluate_inside_a_callback():
     assert int(outer.optimizer.iterations) == 8
     assert int(inner.optimizer.iterations) == 4
     assert history.history["other"][1] < history.history["other"][0]
+
+
+@pytest.mark.parametrize("callback", [lambda: tfaccel.OneCycle(1e-3), lambda: tfaccel.PruneWeights(0.5)])
+def test_a_fit_that_traces_anew_keeps_no_graph(callback):
+    """TensorFlow keeps the gradient of a sum over replicas, and with it the graph, for ever."""
+    model, accelerator = compile_in_scope(lambda: keras.Sequential([keras.Input((3,)), layers.Dense(40)]))
+    data = accelerator.dataset(X, np.ones((100, 40), "float32"))
+
+    def graphs():
+        gc.collect()
+        return sum(type(each).__name__ == "FuncGraph" for each in gc.get_objects())
+
+    counts = []
+    for _ in range(4):
+        model.fit(data, verbose=0, callbacks=[callback()])
+        counts.append(graphs())
+    assert counts[1] == counts[2] == counts[3] > 0
+
+
+def test_data_are_freed_without_a_garbage_collection():
+    accelerator = tfaccel.Accelerator(kernels="fused")
+    gc.collect()
+    gc.disable()
+    try:
+        for shuffle in (True, False):
+            data = accelerator.dataset(X, Y, shuffle=shuffle)
+            held = weakref.ref(data.tfaccel_batches.leaves[0])
+            assert held() is not None
+            del data
+            assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_many_models_do_not_make_tensorflow_warn_of_tracing(caplog):
+    """Its count goes by the place in the source: loops of several models are one to it."""
+    logger = tf.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        for _ in range(8):
+            model, accelerator = compile_in_scope(linear)
+            model.fit(accelerator.dataset(X, Y), verbose=0, callbacks=[tfaccel.OneCycle(1e-3)])
+            model.fit(tf.data.Dataset.from_tensor_slices((X, Y)).batch(32), verbose=0)
+            model.predict(X, verbose=0)
+            del model
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "retracing" not in caplog.text
+
+
+def test_predictions_of_shuffled_data_are_in_its_order():
+    model, accelerator = compile_in_scope(linear)
+    expected = model.predict(X, verbose=0)
+    for data in (accelerator.dataset(X, Y, batch_size=32), accelerator.dataset(X, batch_size=7)):
+        np.testing.assert_allclose(model.predict(data, verbose=0), expected, rtol=1e-6, atol=1e-6)
+    some = model.predict(accelerator.dataset(X, Y, batch_size=30), steps=2, verbose=0)
+    np.testing.assert_allclose(some, expected[:60], rtol=1e-6, atol=1e-6)
+
+
+def test_predictions_of_several_replicas_are_in_the_order_of_the_data():
+    accelerator = tfaccel.Accelerator(mirrored(2), "float32", False)
+    with accelerator.scope():
+        model = linear()
+        model.compile("adam", "mse", **accelerator.compile_options())
+    expected = model.predict(X, verbose=0)
+    got = model.predict(accelerator.dataset(X, Y, batch_size=32), verbose=0)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from distribution_cells import mirrored
 
 import tfaccel
-from tfaccel.fit.find_learning_rate import longest_fall
+from tfaccel.fit.find_learning_rate import LearningRateCurve, _explodes, _smooth, longest_fall
 from tfaccel.keras_fixes.random_state import random_state_kept
 
 
@@ -206,3 +206,26 @@ def test_models_that_it_can_not_use(helpers, small):
 
 def _batches(small, size=24):
     return tf.data.Dataset.from_tensor_slices(small).batch(size)
+
+
+def test_a_trained_model_is_told_apart_and_its_noise_is_no_explosion():
+    """The loss of a trained model falls at no rate: what counts is where it begins to rise."""
+    rates = np.geomspace(1e-6, 1, 200)
+    noise = np.random.default_rng(0).normal(scale=0.05, size=200)
+    losses = 0.1 + np.abs(noise) + np.where(rates > 1e-2, 2 * np.log10(rates / 1e-2), 0)
+    curve = LearningRateCurve(rates, losses, _smooth(losses), diverged=False)
+    assert not curve.fell
+    assert "the loss fell nowhere" in str(curve)
+    assert 3e-3 < 3 * curve.peak < 3e-2
+    assert 10 * curve.minimum_tenth == pytest.approx(3 * curve.peak)
+    explosions = [_explodes(losses[:n]) for n in range(5, 200)]
+    assert not any(explosions[:130]), "rates up to 1e-2"
+    assert any(explosions[130:])
+
+
+def test_a_loss_that_falls_has_its_minimum_where_it_is_smallest():
+    rates = np.geomspace(1e-5, 1, 60)
+    losses = 2.3 - 2 / (1 + (1e-2 / rates) ** 2) + rates**2
+    curve = LearningRateCurve(rates, losses, losses, diverged=False)
+    assert curve.fell
+    assert 3 * curve.peak == pytest.approx(rates[np.argmin(losses)])

@@ -133,7 +133,8 @@ def test_operations_are_counted(make, small):
     assert profile.report.flops == 2 * rows * (2 * convolution + 3 * dense)
     assert 0 < profile.report.utilization < 1
     assert profile.report.bandwidth > 0
-    assert all(0 <= used < 1.5 for used in history.history["mfu"])
+    used = history.history["mfu"]  # of a first epoch of one call it is not known
+    assert all(0 <= each < 1.5 or (index == 0 and np.isnan(each)) for index, each in enumerate(used))
 
 
 def test_logs_reach_tensorboard_and_csv(make, small, tmp_path):

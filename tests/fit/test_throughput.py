@@ -122,6 +122,20 @@ def test_distributed_input_leaves_the_wait_out(helpers, small):
     assert history.history["step_ms"][0] > 0
 
 
+@pytest.mark.parametrize("callback", [tfaccel.Throughput, lambda: tfaccel.Profile(verbose=0)])
+def test_a_first_epoch_of_one_call_has_no_rates_but_a_place(helpers, small, callback, tmp_path):
+    accelerator = tfaccel.Accelerator(kernels="fused", jit=False)
+    with accelerator.scope():
+        model = helpers.compile(helpers.build(), **accelerator.compile_options())
+    log = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    data = accelerator.dataset(*small, batch_size=24)
+    history = model.fit(data, epochs=3, verbose=0, callbacks=[callback(), log]).history
+    assert {len(values) for values in history.values()} == {3}
+    assert np.isnan(history["step_ms"][0])
+    assert history["step_ms"][2] > 0
+    assert "step_ms" in (tmp_path / "log.csv").read_text().splitlines()[0]
+
+
 def test_verbose_prints_a_line(helpers, small, capsys):
     model = helpers.compile(helpers.build())
     model.fit(*small, verbose=0, callbacks=[tfaccel.Throughput(verbose=1)])

@@ -240,6 +240,13 @@ def test_the_data_set_is_held_once_more_at_most(accelerator):
     assert grown < 2.2 * x.nbytes
 
 
+def test_strings_in_object_arrays_are_strings(accelerator):
+    """As pandas hands them over."""
+    words = np.array([["good"], ["bad"], ["žluť"]], dtype=object)
+    for batch, _ in accelerator.dataset(words, np.arange(3), batch_size=3, shuffle=False):
+        assert [word[0].decode() for word in batch.numpy()] == ["good", "bad", "žluť"]
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -249,7 +256,10 @@ def test_the_data_set_is_held_once_more_at_most(accelerator):
         (lambda a: a.dataset(X, batch_size=2.5), "batch_size=2.5"),
         (lambda a: a.dataset(np.float32(3)), "scalar"),
         (lambda a: a.dataset(np.array([[1], [1, 2]], dtype=object)), "dtype object"),
+        (lambda a: a.dataset(np.array(["a", None, "b"], dtype=object)), "dtype object"),
         (lambda a: a.dataset([1, 2, 3]), "is not data"),
+        (lambda a: a.dataset([1, 2, 3], Y[:3]), "np.asarray"),
+        (lambda a: a.dataset(tf.sparse.from_dense(X), Y), "goes to fit as it is"),
         (lambda a: a.dataset("data.csv"), "is not data"),
         (lambda a: a.dataset(None), "is not data"),
         (lambda a: a.dataset(tf.data.Dataset.range(4).batch(2), Y), "y can't be given"),

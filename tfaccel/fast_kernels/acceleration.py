@@ -64,7 +64,7 @@ def accelerate(model: keras.Model, settings: Settings, report: Report) -> None:
     model.make_train_function = kernels.make_train_function
     model.make_test_function = kernels.make_test_function
     model.make_predict_function = kernels.make_predict_function
-    if type(model).predict is keras.Model.predict and not kernels.replicated:
+    if type(model).predict is keras.Model.predict:
         model.predict = kernels.predict
 
 

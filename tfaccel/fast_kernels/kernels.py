@@ -20,7 +20,7 @@ from keras.src.trainers.trainer import model_supports_jit
 from tfaccel.fast_kernels import resident
 from tfaccel.fast_kernels.chunks import CallLength, count_exactly, is_stream, running_loop, watches_batches
 from tfaccel.fast_kernels.functions import FastFunction, LoopClock
-from tfaccel.fast_kernels.prediction import PredictFunction, sliced
+from tfaccel.fast_kernels.prediction import PredictFunction, in_order, sliced
 from tfaccel.fast_kernels.proofs import Proofs
 from tfaccel.fast_kernels.resident import ATTRIBUTE, Pass, ResidentBatches
 from tfaccel.fast_kernels.step_loop import OneDeviceStep, Step
@@ -37,6 +37,7 @@ from tfaccel.keras_fixes.replica_step import (
     eager_function,
     is_replicated,
 )
+from tfaccel.keras_fixes.replica_update import on_one_replica
 from tfaccel.keras_fixes.replica_xla import compiled_on_replica
 from tfaccel.keras_fixes.restored_epoch import forget_restored_epoch
 from tfaccel.keras_fixes.workers import is_multi_worker, same_order
@@ -105,7 +106,8 @@ class Kernels:
         callbacks: Any = None,
     ) -> Any:
         model = self._trained_model()
-        x = x if self._is_plain(model) else sliced(x, batch_size, steps)
+        x, batch_size, steps = in_order(x, batch_size, steps)
+        x = x if self._is_plain(model) or self.replicated else sliced(x, batch_size, steps)
         return type(model).predict(
             model, x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
         )
@@ -132,6 +134,9 @@ class Kernels:
         if present is self._plain_functions.get(kind):
             present = None  # made below, in a fit that was debugged
         if self._is_plain(model):
+            if model.optimizer is not self._optimizer:
+                self._report.clear()
+                self._report["loop"] = "Keras's own: the model was compiled again outside of the scope"
             if self.replicated and model.optimizer is self._optimizer:
                 step = self._replicated_step(kind).on_batch
                 setattr(model, name, eager_function(model, step, model.steps_per_execution))
@@ -257,7 +262,7 @@ class Kernels:
         step = getattr(model, f"{kind}_step")
 
         def fused_step(data: Any) -> Any:
-            with self._proofs.updating(), self._proofs.tracing(way):
+            with self._proofs.updating(), self._proofs.tracing(way), on_one_replica():
                 return step(data)
 
         return OneDeviceStep(model._autoconvert_optionals(fused_step))

@@ -18,7 +18,8 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import concat
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from tfaccel.fast_kernels.resident import in_floatx, is_plain_array
+from tfaccel.fast_kernels.resident import ATTRIBUTE, in_floatx, is_plain_array
+from tfaccel.fast_kernels.step_loop import retraced_silently
 
 
 class SlicedArrays(DataAdapter):
@@ -68,6 +69,18 @@ class SlicedArrays(DataAdapter):
         return self._samples % self._batch_size or None
 
 
+def in_order(x: Any, batch_size: int | None, steps: int | None) -> tuple[Any, int | None, int | None]:
+    """What `predict` was given, or the rows in memory where it was a data set that was cut out of them.
+
+    Such a data set draws a new order on every pass, and predictions in that order are of no use.
+    """
+    batches = getattr(x, ATTRIBUTE, None)
+    if batches is None or batch_size is not None:
+        return x, batch_size, steps
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(batches.first_batches(steps))
+    return x, batches.batch_size, None
+
+
 def sliced(x: Any, batch_size: int | None, steps: int | None) -> Any:
     """`x` as `SlicedArrays` where that is possible; else `x`, for Keras to deal with.
 
@@ -96,8 +109,10 @@ class PredictFunction:
     """
 
     def __init__(self, model: keras.Model):
-        self._step = tf.function(
-            model.predict_step, autograph=False, reduce_retracing=True, jit_compile=model.jit_compile
+        self._step = retraced_silently(
+            tf.function(
+                model.predict_step, autograph=False, reduce_retracing=True, jit_compile=model.jit_compile
+            )
         )
 
     def __call__(self, batches: list) -> Any:

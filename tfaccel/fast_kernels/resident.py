@@ -76,6 +76,11 @@ class ResidentBatches:
         other.form = BatchForm(self._tensors, transform, key)
         return other
 
+    def first_batches(self, count: int | None) -> Any:
+        """The rows of so many batches in the order in which they were given; None for all."""
+        rows = None if count is None else count * self.batch_size
+        return keras.tree.map_structure(lambda tensor: tensor[:rows], self._tensors, none_is_leaf=False)
+
     def new_order(self) -> tf.Tensor:
         """The rows in the order of one pass, shape `(samples,)`, int32; drawn from TensorFlow's seed."""
         with tf.device("CPU:0"):

@@ -74,11 +74,11 @@ def resident_loop(step: Step, form: BatchForm, static_size: int | None, xla: boo
                 rows = order[batch * size : tf.minimum((batch + 1) * size, tf.shape(order)[0])]
             return step.on_rows(lambda some: form.cut(leaves, some), rows)
 
-        return _repeat(tf.function(numbered, autograph=False), first, count)
+        return _repeat(retraced_silently(tf.function(numbered, autograph=False)), first, count)
 
     number = tf.TensorSpec([], tf.int32)
     signature = [form.specs, tf.TensorSpec([None], tf.int32), number, number, number]
-    return tf.function(run, input_signature=signature, jit_compile=xla, autograph=False)
+    return retraced_silently(tf.function(run, input_signature=signature, jit_compile=xla, autograph=False))
 
 
 def _repeat(step: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
@@ -112,7 +112,9 @@ def stream_loop(step: Step, xla: bool) -> Any:
     """
 
     def run(iterator: Any, count: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor, tf.Tensor]:
-        compiled = tf.function(step.on_batch, autograph=False, reduce_retracing=True, jit_compile=xla)
+        compiled = retraced_silently(
+            tf.function(step.on_batch, autograph=False, reduce_retracing=True, jit_compile=xla)
+        )
         structure = compiled.get_concrete_function(iterator.element_spec).structured_outputs
         outputs = _Outputs(structure)
 
@@ -141,7 +143,17 @@ def stream_loop(step: Step, xla: bool) -> Any:
         )
         return outputs.pack(last), done, examples, waited
 
-    return tf.function(run, autograph=False, reduce_retracing=True)
+    return retraced_silently(tf.function(run, autograph=False, reduce_retracing=True))
+
+
+def retraced_silently(function: Any) -> Any:
+    """A function that TensorFlow's warning about frequent tracing leaves out.
+
+    It counts by the place in the source: each fit with a callback in its step, and each model, has a loop of
+    its own from here, traced once. Nothing that a user wrote is traced too often.
+    """
+    function._omit_frequent_tracing_warning = True
+    return function
 
 
 class _Outputs:

@@ -31,6 +31,7 @@ from tfaccel.keras_fixes.random_state import random_state_kept
 from tfaccel.plots import new_figure
 
 SMOOTHED_OVER = 0.03  # of the steps, on either side
+FEWEST = 20  # steps that tell noise from a rise
 DIVERGED = 4.0  # times as far as the loss had fallen: a run that rose so far is given up
 
 
@@ -67,12 +68,12 @@ class LearningRateCurve:
     def steep(self) -> float:
         """Where the loss falls fastest, over the logarithm of the learning rate, before its minimum."""
         slopes = np.gradient(self.smoothed, np.log(self.learning_rates))
-        return float(self.learning_rates[int(np.argmin(slopes[: int(np.argmin(self.smoothed)) + 1]))])
+        return float(self.learning_rates[int(np.argmin(slopes[: self._best + 1]))])
 
     @property
     def minimum_tenth(self) -> float:
         """A tenth of where the loss is smallest: for a constant learning rate."""
-        return float(self.learning_rates[int(np.argmin(self.smoothed))] / 10)
+        return float(self.learning_rates[self._best] / 10)
 
     @property
     def peak(self) -> float:
@@ -81,7 +82,21 @@ class LearningRateCurve:
         On the built-in images (three nets, Adam and SGD, three epochs) it came within 0.07 of the loss that
         the best peak of a grid reached; the others, made for constant rates, were up to 1.5 behind.
         """
-        return float(self.learning_rates[int(np.argmin(self.smoothed))] / 3)
+        return float(self.learning_rates[self._best] / 3)
+
+    @property
+    def fell(self) -> bool:
+        """Whether the loss fell at all, by more than the noise of its batches: of a trained model it doesn't.
+
+        Where it did not, "where the loss is smallest" is the last rate at which it had not risen yet.
+        """
+        return bool(self.smoothed[0] - self.smoothed.min() > _noise(self.losses))
+
+    @property
+    def _best(self) -> int:
+        if self.fell:
+            return int(np.argmin(self.smoothed))
+        return int(np.flatnonzero(self.smoothed <= self.smoothed[0] + _noise(self.losses))[-1])
 
     def __str__(self) -> str:
         """The suggestions, for a person."""
@@ -89,7 +104,7 @@ class LearningRateCurve:
         return (
             f"peak {self.peak:.1e}, minimum/10 {self.minimum_tenth:.1e}, steep {self.steep:.1e}, "
             f"valley {self.valley:.1e} ({len(self.losses)} steps, {end} {'at' if self.diverged else 'up to'} "
-            f"{self.learning_rates[-1]:.1e})"
+            f"{self.learning_rates[-1]:.1e}{'' if self.fell else ', the loss fell nowhere'})"
         )
 
     def plot(self, path: str | os.PathLike) -> pathlib.Path:
@@ -285,14 +300,20 @@ def _smooth(losses: np.ndarray) -> np.ndarray:
     return weights @ losses / weights.sum(axis=1)
 
 
+def _noise(losses: np.ndarray) -> float:
+    """The standard deviation of single batches, from their differences; some that exploded don't move it."""
+    return 1.4826 / math.sqrt(2) * float(np.median(np.abs(np.diff(losses))))
+
+
 def _explodes(losses: np.ndarray) -> bool:
     if not np.isfinite(losses).all():
         return True
-    if len(losses) < 5:
+    if len(losses) < FEWEST:
         return False
     smoothed = _smooth(losses)
-    # A loss may be negative, or begin near 0: what counts is how far it rose against how far it fell.
-    fallen = max(smoothed[0] - smoothed.min(), 0.1 * abs(smoothed[0]), 1e-12)
+    # A loss may be negative, or begin near 0: what counts is how far it rose against how far it fell, and
+    # against the noise of its batches, which is all that there is in the loss of a trained model.
+    fallen = max(smoothed[0] - smoothed.min(), 0.1 * abs(smoothed[0]), _noise(losses), 1e-12)
     return bool(smoothed[-1] > smoothed.min() + DIVERGED * fallen)
 
 
@@ -300,7 +321,10 @@ def _check(model: keras.Model, batch_size: int | None, lowest: float, highest: f
     if not (isinstance(model, keras.Model) and model.compiled and model.built):
         name = getattr(model, "name", model)
         raise refuse(
-            "model", name, "a compiled and built keras.Model", "Compile it, and give it a keras.Input."
+            "model",
+            name,
+            "a compiled and built keras.Model",
+            "Compile it; a keras.Input builds it, or a call on one batch.",
         )
     if batch_size is not None and not is_whole(batch_size, 1):
         raise refuse("batch_size", batch_size, "an integer ≥ 1", "Leave it out for 32.")

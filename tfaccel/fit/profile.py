@@ -193,7 +193,8 @@ class Profile(Throughput):
             shares = {name: getattr(row, name) for name in ("compute", "callbacks", "host", "compile")}
             logs.update({name: value / row.seconds for name, value in shares.items()})
             used = self._make_report([row]).utilization
-            logs.update({} if used is None else {"mfu": used})
+            if self._cost.flops:
+                logs["mfu"] = math.nan if used is None else used
         self._own_s += time.perf_counter() - begun
 
     def _end_epoch(self) -> None:

@@ -128,9 +128,10 @@ class ProfileReport:
             return f"{share} of the time goes to callbacks ({of_all}), mostly {slowest}: call it less often."
         if part == "compile":
             cause = self.traces[-1] if len(self.traces) > 1 else (self.held_up or ("the first step",))[-1]
+            times = f"traced {self._times()}, " if self.traces else ""
             return (
-                f"{share} of the time is tracing and compiling ({of_all}; traced {self._times()}, "
-                f"last for {cause}): a longer run makes up for it, and so may jit=False."
+                f"{share} of the time is tracing and compiling ({of_all}; {times}last for {cause}): a longer "
+                "run makes up for it, and so may jit=False."
             )
         remedy = (
             "build and compile the model in an Accelerator's scope, or pass steps_per_execution to compile"
@@ -161,7 +162,8 @@ class ProfileReport:
             slowest = sorted(self.callbacks.items(), key=lambda item: -item[1])[:3]
             lines.append("  callbacks: " + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in slowest))
         lines.append(f"  a step: {self._step()}")
-        lines.append(f"  traced {self._times()}: " + "; ".join(self.traces))
+        if self.traces:  # none where the model runs eagerly, or was traced by an earlier fit
+            lines.append(f"  traced {self._times()}: " + "; ".join(self.traces))
         lines += [f"  held up: {each}" for each in self.held_up]
         return "\n".join([*lines, self.advice])
 

@@ -8,6 +8,7 @@ execution (tracing, compiling) where the epoch has more than one.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import sys
 import time
@@ -65,7 +66,8 @@ class Throughput(keras.callbacks.Callback):
 
     Adds to `logs`, and so to `History`, `CSVLogger` and TensorBoard: `examples_per_s`; `step_ms`;
     `input_wait`, the share of the training time (0..1) that the step waited for its input; `eta_s`,
-    seconds until `fit` ends; `peak_memory_bytes`. Where the input is distributed over replicas,
+    seconds until `fit` ends; `peak_memory_bytes`. A first epoch of one call, most of which is tracing, has no
+    rates: they are NaN. Where the input is distributed over replicas,
     TensorFlow fetches it ahead per device, and `input_wait` and `examples_per_s` are left out.
 
     List it before callbacks that write logs, such as `CSVLogger`.
@@ -141,7 +143,9 @@ class Throughput(keras.callbacks.Callback):
         skipped, since = 0, self._epoch_started
         if first_epoch and reading.steady_at > 0:
             skipped, since = self._clock.skip, reading.steady_at
-        return rates(reading.examples, reading.batches, trained_at - since, reading.waited_s, skipped)
+        known = rates(reading.examples, reading.batches, trained_at - since, reading.waited_s, skipped)
+        # A history has as many values of each figure as epochs, and CSVLogger its columns from the first one.
+        return known or dict.fromkeys(("examples_per_s", "step_ms", "input_wait"), math.nan)
 
     def __repr__(self) -> str:
         """The call that makes the same callback."""
@@ -150,6 +154,7 @@ class Throughput(keras.callbacks.Callback):
 
 def _line(figures: dict[str, Any]) -> str:
     parts = []
+    figures = {name: value for name, value in figures.items() if not math.isnan(value)}
     if "examples_per_s" in figures:
         parts.append(f"{figures['examples_per_s']:,.0f} examples/s")
     if "step_ms" in figures:

@@ -71,11 +71,12 @@ def _assign_here(original: Callable, setting: Callable[[], Any]) -> Callable:
     return on_write_update_replica
 
 
+_SUMMED = Patch(TFOptimizer, "_all_reduce_sum_gradients", _is_summed)
 _APPLY = (Patch(BaseOptimizer, "apply", _apply), Patch(LossScaleOptimizer, "apply", _apply))
 _OWN = (
     Patch(MirroredExtended, "_use_merge_call", _no_merge_call),
     Patch(CollectiveAllReduceExtended, "_use_merge_call", _no_merge_call),
-    Patch(TFOptimizer, "_all_reduce_sum_gradients", _is_summed),
+    _SUMMED,
     # The counter of the steps is kept "for the first replica", which asks the others.
     Patch(distributed_values, "_on_write_update_replica", _assign_here),
 )
@@ -91,6 +92,15 @@ def applying(instead: Instead | None) -> Iterator[None]:
     """
     with all_active(_APPLY, instead):
         yield
+
+
+def on_one_replica() -> contextlib.AbstractContextManager[None]:
+    """Lets optimizers that this thread traces leave out the sum over replicas, as there is one only.
+
+    Keras takes it all the same, and TensorFlow registers a gradient for it by a name of its own, which holds
+    the traced graph for as long as the process lives (60 fits that each trace anew: 200 MB).
+    """
+    return _SUMMED.active(True)
 
 
 def apply_sums(apply: Apply, gradients: list[Any], variables: Any) -> None:

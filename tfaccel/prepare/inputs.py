@@ -53,7 +53,8 @@ def make_dataset(
         sample_weight: Weights of the samples, for arrays only.
         batch_size: Samples a batch, for arrays only; default 32, as in `fit`. With several replicas
             this is the global batch.
-        shuffle: For arrays only: draw a new order every epoch (from TensorFlow's global seed).
+        shuffle: For arrays only: draw a new order every epoch (from TensorFlow's global seed). `predict`
+            of a model with fused kernels goes in the arrays' order all the same; else pass False for it.
 
     Raises:
         ValueError: Empty data, arrays of different lengths or without a sample axis, or an argument
@@ -65,6 +66,7 @@ def make_dataset(
     ):
         raise refuse("batch_size", batch_size, "an integer ≥ 1", "Leave it out for 32.")
     if not is_array_data(x):
+        _check_stream(x)
         _refuse_array_arguments(x, y, sample_weight, batch_size)
         return _prepare_stream(x)
     if isinstance(x, tuple) and y is None:
@@ -94,22 +96,29 @@ def slice_batches(data: Any, samples: int, batch_size: int, shuffle: bool) -> tf
     # Without a partial batch the batch size is static: XLA then compiles once.
     static_size = batch_size if samples % batch_size == 0 else None
 
+    structure = keras.tree.map_structure(lambda _: 0, data, none_is_leaf=False)
+    leaves = tuple(leaf for leaf in keras.tree.flatten(tensors) if leaf is not None)
+
     def cut(tensor: tf.Tensor, start: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
         stop = tf.minimum(start + batch_size, samples)
         batch = tf.gather(tensor, order[start:stop]) if shuffle else tensor[start:stop]
         batch.set_shape([static_size, *tensor.shape[1:]])
         return resident.in_floatx(batch, floatx)
 
-    def one_epoch(order: tf.Tensor) -> tf.data.Dataset:
-        starts = tf.data.Dataset.range(0, samples, batch_size)
-        return starts.map(
-            lambda start: keras.tree.map_structure(
-                lambda tensor: cut(tensor, start, order), tensors, none_is_leaf=False
-            ),
-            num_parallel_calls=tf.data.AUTOTUNE,
-        )
+    def one_epoch(order: tf.Tensor, *leaves: tf.Tensor) -> tf.data.Dataset:
+        def batch_from(start: tf.Tensor) -> Any:
+            rest = iter(leaves)
+            return keras.tree.map_structure(
+                lambda _: cut(next(rest), start, order), structure, none_is_leaf=False
+            )
 
-    batches = orders(samples, shuffle).flat_map(one_epoch)
+        starts = tf.data.Dataset.range(0, samples, batch_size)
+        return starts.map(batch_from, num_parallel_calls=tf.data.AUTOTUNE)
+
+    # The rows go in as an element: a function that captured them would be garbage in a cycle, and keep them.
+    given = tf.data.Dataset.from_tensors(leaves)
+    batches = tf.data.Dataset.zip(orders(samples, shuffle), given)
+    batches = batches.flat_map(lambda order, leaves: one_epoch(order, *leaves))
     length = math.ceil(samples / batch_size)
     # flat_map forgets the length; Keras, its progress bar and the schedules need it.
     dataset = _with_options(batches.apply(tf.data.experimental.assert_cardinality(length)))
@@ -141,13 +150,17 @@ def _prepare_stream(x: Any) -> Any:
         return _with_options(x)
     if isinstance(x, keras.utils.PyDataset | tf.distribute.DistributedDataset):
         return x
-    if inspect.isgenerator(x):
-        return _with_options(from_generator(x))
-    raise ValueError(
-        f"x={type(x).__name__} is not data that can be prepared. Allowed: arrays, tensors, data "
-        "frames, tf.data.Dataset, keras.utils.PyDataset, a generator. Python lists of numbers: "
-        "convert them with np.asarray."
-    )
+    return _with_options(from_generator(x))
+
+
+def _check_stream(x: Any) -> None:
+    streams = tf.data.Dataset | keras.utils.PyDataset | tf.distribute.DistributedDataset
+    if not isinstance(x, streams) and not inspect.isgenerator(x):
+        raise ValueError(
+            f"x={type(x).__name__} is not data that can be prepared. Allowed: arrays, tensors, data "
+            "frames, tf.data.Dataset, keras.utils.PyDataset, a generator. Python lists of numbers: "
+            "convert them with np.asarray; sparse and ragged data goes to fit as it is."
+        )
 
 
 def from_generator(generator: Iterator) -> tf.data.Dataset:
@@ -209,6 +222,8 @@ def _as_array(leaf: Any) -> Any:
         numeric = all(dtype.kind in "biuf" for dtype in np.atleast_1d(leaf.dtypes))
         array = leaf.to_numpy(keras.config.floatx()) if array.dtype == object and numeric else array
         array = array[:, None] if array.ndim == 1 else array
+    if array.dtype == object and all(isinstance(value, str) for value in array.flat):
+        return array.astype(str)
     if array.dtype == object:
         raise ValueError(
             "An array has dtype object (rows of different lengths, or mixed types). Allowed: "
