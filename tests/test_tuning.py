@@ -394,3 +394,11 @@ def test_on_the_command_line(small, tmp_path, capsys):
     np.savez(data, x=small[0], y=small[1])
     assert cli.main(["tune", str(script), str(data), "--function", "number"]) == 2
     assert "Allowed: build_model" in capsys.readouterr().err
+
+
+def test_a_builder_that_takes_no_compile_options_is_refused(helpers, small):
+    def build():
+        return helpers.compile(helpers.build())
+
+    with pytest.raises(ValueError, match=r"build does not take the compile options .*def build\(\*\*compile"):
+        tfaccel.tune(build, small)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
 
 import keras
 
 from tfaccel.errors import refuse
+
+MOST_NAMED = 12  # in a message, of the layers that there are
 
 Selector = str | type | Callable[[keras.layers.Layer], bool]
 
@@ -33,5 +36,10 @@ def matches(selector: Selector, layer: keras.layers.Layer) -> bool:
 
 def no_match(selector: object, names: Iterable[str]) -> ValueError:
     """Words a selector that matches nothing; `names` are those that it could have matched."""
-    allowed = f"what matches one of {', '.join(sorted(set(names))) or 'no layer'}"
+    every = sorted(set(names))
+    if len(every) > MOST_NAMED:
+        near = difflib.get_close_matches(str(selector), every, MOST_NAMED, cutoff=0.0)
+        allowed = f"what matches one of the {len(every)} layers, such as {', '.join(near)}"
+    else:
+        allowed = f"what matches one of {', '.join(every) or 'no layer'}"
     return refuse("layers", selector, allowed, "Look at model.summary().")

@@ -15,6 +15,7 @@ Optimization", https://arxiv.org/abs/1502.07943 (successive halving).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,6 +107,20 @@ def tune(
     return found
 
 
+def _check_options(build_model: Any) -> None:
+    """Raises ValueError for a function that does not take compile options, where that can be told."""
+    try:
+        inspect.signature(build_model).bind(jit_compile=False, steps_per_execution=1)
+    except TypeError as error:
+        name = getattr(build_model, "__name__", "build_model")
+        raise ValueError(
+            f"{name} does not take the compile options ({error}). Allowed: def {name}(**compile_options). "
+            "Pass them on to model.compile."
+        ) from error
+    except ValueError:  # a builtin without a signature
+        return
+
+
 def _check(
     build_model: Any,
     batch_size: Any,
@@ -117,6 +132,7 @@ def _check(
     if not callable(build_model):
         allowed = "a function of compile options that gives a compiled model"
         raise refuse("build_model", build_model, allowed, "Pass the function, not the model.")
+    _check_options(build_model)
     several = isinstance(batch_size, Sequence)
     sizes = list(batch_size) if several else [] if batch_size is None else [batch_size]
     if (several and not sizes) or not all(is_whole(size, 1) for size in sizes):

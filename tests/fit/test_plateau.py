@@ -152,3 +152,9 @@ def test_bad_arguments_are_refused():
         tfaccel.LearningRate(0.1, plateau="loss")
     with pytest.raises(ValueError, match="validation_data"):
         model().fit(X, Y, verbose=0, callbacks=[tfaccel.LearningRate(0.1, plateau=Plateau())])
+
+
+def test_among_the_callbacks_it_says_where_it_belongs(helpers, small):
+    model = helpers.compile(helpers.build())
+    with pytest.raises(ValueError, match=r"LearningRate\(plateau=.*monitor='loss'"):
+        model.fit(*small, verbose=0, callbacks=[tfaccel.Plateau("loss")])

@@ -358,3 +358,9 @@ def test_an_optimizer_for_fewer_weights_is_refused(helpers, small):
 def test_repr_makes_it_again():
     callback = tfaccel.UnfreezeLayers({"a": 2}, unit="epochs", verbose=1)
     assert repr(eval(repr(callback), vars(tfaccel))) == repr(callback)
+
+
+def test_a_model_that_is_not_built_is_refused(helpers, small):
+    model = helpers.compile(helpers.Subclassed())
+    with pytest.raises(ValueError, match="no weights to train yet"):
+        model.fit(*small, epochs=3, verbose=0, callbacks=[tfaccel.UnfreezeLayers(0.5)])

@@ -10,6 +10,15 @@ from tfaccel.keras_fixes.inner_layers import held_alone, inner_layers
 from tfaccel.selection import Selector, matches, no_match
 
 
+def check_built(model: keras.Model) -> None:
+    """Raises ValueError where a model has no weights to train, as it was not built yet."""
+    if not model.trainable_variables:
+        raise ValueError(
+            f"{model.name!r} has no weights to train yet. Allowed: a built model. Give it a keras.Input, or "
+            "call it on one batch before fit."
+        )
+
+
 def by_depth(model: keras.Model) -> list[list[keras.layers.Layer]]:
     """Groups of the layers that are trained, from the first to the last.
 

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from tfaccel.errors import is_number, refuse
-from tfaccel.fit._layer_groups import by_depth, chosen_layers, own_variables
+from tfaccel.fit._layer_groups import by_depth, check_built, chosen_layers, own_variables
 from tfaccel.fit._optimizer import inner_optimizer
 from tfaccel.fit._run import check_updates, updates_done
 from tfaccel.fit._session import Attachment, detach_leftovers
@@ -88,11 +88,7 @@ class LayerLearningRates(keras.callbacks.Callback):
                 f"LayerLearningRates can't drive a {type(optimizer).__name__}: each of its optimizers has a "
                 "learning rate. Allowed: one optimizer. Set the rate of each of yours."
             )
-        if not self.model.trainable_variables:
-            raise ValueError(
-                f"{self.model.name!r} has no weights to train yet. Allowed: a built model. Give it a "
-                "keras.Input, or call it on one batch before fit."
-            )
+        check_built(self.model)
         factors = self._factors()
         if any(factor != 1 for factor in factors.values()):
             self._attachment = Attachment(self.model, scale_learning_rates(optimizer, factors))

@@ -83,6 +83,17 @@ class Plateau:
                 "least", self.least, "a share of the schedule's learning rate, 0..1", "0 is no limit."
             )
 
+    def set_model(self, model: keras.Model) -> None:
+        """Says where it belongs, as `fit` asks this of what is listed among callbacks.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Plateau is a rule for a learning rate, not a callback. Allowed: LearningRate(plateau=...). Pass "
+            f"callbacks=[tfaccel.LearningRate(1e-3, tfaccel.schedules.constant(), plateau={self!r})]."
+        )
+
 
 class PlateauState:
     """What one run has seen so far.

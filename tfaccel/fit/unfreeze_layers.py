@@ -17,7 +17,7 @@ import keras
 
 from tfaccel.errors import is_number, refuse
 from tfaccel.fit._joined_schedules import check_unit, share_of_run
-from tfaccel.fit._layer_groups import by_depth, chosen_layers, opened, own_variables
+from tfaccel.fit._layer_groups import by_depth, check_built, chosen_layers, opened, own_variables
 from tfaccel.fit._optimizer import inner_optimizer
 from tfaccel.fit._run import updates_done, updates_per_epoch
 from tfaccel.fit._session import Attachment, detach_leftovers
@@ -110,6 +110,7 @@ class UnfreezeLayers(keras.callbacks.Callback):
                     f"UnfreezeLayers and {type(other).__name__} run in one fit: masks and groups are held by "
                     "updates, and frozen layers get none. Allowed: one of them. Compress in a second fit."
                 )
+        check_built(self.model)
         self._moments = self._find_moments()
         late = [layer.name for layer, epoch, _ in self._moments if epoch >= self.params["epochs"]]
         if late:
