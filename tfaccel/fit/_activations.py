@@ -154,11 +154,12 @@ class _Range:
     def _round_and_learn(self, exact: Any, momentum: Any) -> Any:
         before = tf.convert_to_tensor(self.ends.value)
         ends = _extremes(exact, before)
-        ends = tf.where(before[0] < before[1], self._follow(before, ends, momentum), ends)
+        ends = tf.where(before[0] < before[1], self.follow(before, ends, momentum), ends)
         self.ends.assign(ends)
         return on_range(exact, ends, self.bits)
 
-    def _follow(self, before: Any, ends: Any, momentum: Any) -> Any:
+    def follow(self, before: Any, ends: Any, momentum: Any) -> Any:
+        """The ends after a batch, from those before and the extremes of the batch."""
         return before + (1 - momentum) * (ends - before)
 
 
@@ -169,8 +170,9 @@ class _ExtremeRange(_Range):
     of 32 a third of the outputs' range, which made the error ten times that of ranges measured afterwards.
     """
 
-    def _follow(self, before: Any, ends: Any, momentum: Any) -> Any:
-        nearer = super()._follow(before, ends, 1 - COMING_IN * (1 - momentum))
+    def follow(self, before: Any, ends: Any, momentum: Any) -> Any:
+        """The ends after a batch, from those before and the extremes of the batch."""
+        nearer = super().follow(before, ends, 1 - COMING_IN * (1 - momentum))
         return tf.stack([tf.minimum(ends[0], nearer[0]), tf.maximum(ends[1], nearer[1])])
 
 
