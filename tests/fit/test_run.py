@@ -44,11 +44,20 @@ def test_optimizers_that_fit_does_not_know_are_named(helpers, small, callback, p
     model(small[0][:1])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.own.build(model.trainable_variables)
-    model.compile("rmsprop", loss, auto_scale_loss=False)
+    model.compile("rmsprop", loss)  # which mixed_float16 wraps in loss scaling
     keras.config.set_dtype_policy("float32")
     with pytest.raises(ValueError, match=r"a RMSprop, which made none .* 'own_optimizer"):
         model.fit(*small, epochs=3, verbose=0, callbacks=[callback])
     model.fit(*small, verbose=0)
+
+
+def test_loss_scaling_that_skips_a_whole_epoch_is_no_reason(helpers, small):
+    """A scale that overflows in each of three steps, and is halved."""
+    adam = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(), initial_scale=2.0**126)
+    model = helpers.compile(helpers.build(), adam)
+    few = small[0][:72] * 1e4, small[1][:72]
+    model.fit(*few, batch_size=24, epochs=2, verbose=0, callbacks=[tfaccel.OneCycle(1e-3)])
+    assert float(adam.dynamic_scale) < 2.0**126
 
 
 def test_accumulation_over_more_than_an_epoch_is_no_reason(helpers, small):

@@ -89,8 +89,11 @@ def check_updates(callback: keras.callbacks.Callback, before: int) -> None:
         before: Updates that had been made when the epoch began.
     """
     optimizer = callback.model.optimizer
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):  # skips steps that overflow
-        return
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        scale = getattr(optimizer, "dynamic_scale", optimizer.initial_scale)  # once it is built
+        if float(keras.ops.convert_to_numpy(scale)) != optimizer.initial_scale:
+            return  # it was applied, and skipped steps that overflow
+        optimizer = optimizer.inner_optimizer
     micro_batches = optimizer.gradient_accumulation_steps or 1
     if updates_done(optimizer) == before and (callback.params.get("steps") or 1) >= micro_batches:
         raise ValueError(
