@@ -145,6 +145,31 @@ def test_biases_that_are_equal_leave_no_operation_in_floats(tmp_path, value):
     assert file.parity.sqnr_db > 30
 
 
+@pytest.mark.filterwarnings("ignore:calibration looks like noise")
+def test_a_constant_that_is_compared_stays_in_floats(tmp_path):
+    least = np.linspace(0, 1, 8, dtype="float32")
+    bounded = L.Lambda(lambda x: keras.ops.maximum(x, least))
+    model = stack((6,), L.Dense(8, bias_initializer="ones"), bounded, L.Dense(3))
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", "int8", calibration=samples(model, 64))
+    assert file.parity.sqnr_db > 25
+    assert any("MAXIMUM" in each for each in file.float_operations)
+
+
+def test_weights_and_arrays_can_be_repeated(tmp_path):
+    class Stretched(L.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=(1, 3), initializer="random_normal")
+
+        def call(self, x):
+            stretched = keras.ops.repeat(self.scale, 2, axis=1)
+            return x * stretched + keras.ops.repeat(np.ones((1, 3), "float32"), 2, axis=1)
+
+    model = stack((6,), Stretched())
+    assert (
+        tfaccel.export_tflite(model, tmp_path / "m.tflite", calibration=samples(model)).parity.sqnr_db > 100
+    )
+
+
 def test_canary_the_converter_refuses_several_upsamplings():
     with pytest.raises(Exception, match="Conv2D"):
         tf.lite.TFLiteConverter.from_keras_model(MODELS["decoder"]()).convert()

@@ -80,6 +80,8 @@ def test_what_labels_are_scored_by():
         assert measured(labels, [[0.9], [0.2], [0.4], [0.7]]) == ("accuracy", 0.75)
         assert measured(labels, [[3.0], [-2.0], [0.4], [-0.1]]) == ("accuracy", 0.75)  # logits
     assert measured([[1, 1], [0, 1]], [[0.9, 0.2], [0.4, 0.6]]) == ("accuracy", 0.75)  # several at once
+    whole = np.array([1, 0, 2, 2])  # a model that gives classes
+    assert measure_for(np.array([1, 0, 2, 0]), [whole]).of(whole) == 0.75
     assert measured([1.0, 2.0, 3.0, 4.0], [[1.0], [2.0], [3.0], [3.0]]) == ("R²", 1 - 1 / 5)
 
 
@@ -102,6 +104,11 @@ def test_a_binary_classifier_and_a_regression_are_scored_without_a_function(tmp_
         share = np.mean((predicted > 0.5) == labels)
         explained = 1 - np.sum((labels - predicted) ** 2) / np.sum((labels - np.mean(labels)) ** 2)
         assert file.score.model == pytest.approx(share if name == "accuracy" else explained, abs=1e-5)
+
+
+def test_names_of_classes_are_no_labels(net, tmp_path):
+    with pytest.raises(ValueError, match="the index of a class, not its name"):
+        tfaccel.export_tflite(net, tmp_path / "m.tflite", evaluate=(labelled()[0], np.full(300, "cat")))
 
 
 def test_labels_of_several_outputs_want_a_function(tmp_path):

@@ -229,3 +229,14 @@ def test_a_loss_that_falls_has_its_minimum_where_it_is_smallest():
     curve = LearningRateCurve(rates, losses, losses, diverged=False)
     assert curve.fell
     assert 3 * curve.peak == pytest.approx(rates[np.argmin(losses)])
+
+
+@pytest.mark.parametrize("steps", [10, 15, 18])
+def test_few_steps_tell_an_explosion_too(steps):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(64, 4)), rng.normal(size=(64, 1))
+    curve = tfaccel.find_learning_rate(model, data, lowest=1e-3, highest=1e3, steps=steps)
+    assert curve.diverged
+    assert curve.peak < 1

@@ -446,3 +446,16 @@ def test_a_train_step_that_goes_round_the_model_learns_no_ranges(small, tmp_path
     model.fit(*small, batch_size=24, verbose=0, callbacks=[tfaccel.QuantizeAware()])
     with pytest.raises(ValueError, match="needs calibration data"):
         tfaccel.export_tflite(model, tmp_path / "m.tflite", "int8")
+
+
+def test_an_extreme_that_one_replica_saw_is_held():
+    strategy = mirrored(2)
+    with strategy.scope():
+        ours = activations._ExtremeRange(8)
+
+    def step():
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        ours.round(tf.where(replica == 0, [-1.0, 10.0], [-3.0, 1.0]), momentum=0.9)
+
+    strategy.run(tf.function(step))
+    assert ours.span() == (-3, 10)

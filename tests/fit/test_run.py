@@ -66,3 +66,21 @@ def test_accumulation_over_more_than_an_epoch_is_no_reason(helpers, small):
     prune = tfaccel.PruneWeights(0.5)
     history = model.fit(*small, batch_size=48, epochs=4, verbose=0, callbacks=[prune]).history
     assert history["sparsity"][-1] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("callback", [tfaccel.OneCycle(1e-2), tfaccel.PruneWeights(0.5)])
+def test_a_fit_that_is_stopped_before_its_first_update_is_no_reason(helpers, small, callback):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = True
+
+    model = helpers.compile(helpers.build(), keras.optimizers.SGD(0.1, gradient_accumulation_steps=4))
+    model.fit(*small, batch_size=24, epochs=3, verbose=0, callbacks=[callback, Stop()])
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
+def test_a_model_with_nothing_to_train_is_no_reason(helpers, small):
+    model = helpers.build()
+    model.trainable = False
+    helpers.compile(model)
+    model.fit(*small, verbose=0, callbacks=[tfaccel.OneCycle(1e-2)])

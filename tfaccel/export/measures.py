@@ -32,6 +32,7 @@ def measure_for(labels: np.ndarray, outputs: list[np.ndarray]) -> Measure:
       the share of those whose largest score is the label.
     - Labels of 0 and 1, as many as outputs: the share that lies on the right side, of 0.5 for
       probabilities, of 0 for logits; they are logits where the model gives some outside of 0..1.
+    - A model that gives whole numbers itself: the share that is equal to the labels.
     - Other numbers, as many as outputs: the coefficient of determination, 1 − Σ (y − p)² / Σ (y − mean)².
 
     Raises:
@@ -43,6 +44,9 @@ def measure_for(labels: np.ndarray, outputs: list[np.ndarray]) -> Measure:
             "evaluate=function, which is given predict and returns a score."
         )
     scores = outputs[0]
+    if labels.dtype.kind not in "biuf":
+        allowed = "numbers: the index of a class, not its name"
+        raise refuse("evaluate", labels.flat[0], allowed, "Or pass evaluate=function.")
     classes = scores.shape[-1] if scores.ndim > 1 else 1
     places = _without_last(labels) if labels.ndim == scores.ndim else labels
     if classes > 1 and places.shape == scores.shape[:-1] and _are_classes(places, classes):
@@ -54,6 +58,8 @@ def measure_for(labels: np.ndarray, outputs: list[np.ndarray]) -> Measure:
         if np.isin(numbers, (0, 1)).all():
             edge = 0.5 if scores.min() >= 0 and scores.max() <= 1 else 0.0
             return Measure("accuracy", lambda given: float(np.mean((given > edge) == numbers)))
+        if scores.dtype.kind in "biu":  # the model gives classes, not scores of them
+            return Measure("accuracy", lambda given: float(np.mean(given == numbers)))
         if np.isfinite(numbers).all():
             return Measure("R²", lambda given: determination(numbers, given))
     raise ValueError(

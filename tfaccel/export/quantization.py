@@ -34,6 +34,7 @@ CALIBRATION_BATCH = 16
 # Weights, by their bits: turning inputs into integers as it runs costs more than so few multiplications
 # bring.
 SMALL = {8: 1024, 4: 0}
+COMPARING_KINDS = ("MAXIMUM", "MINIMUM")
 BIASED_KINDS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")
 BIAS_PLACE = 2  # among their inputs
 ROUNDED_KINDS = ("FULLY_CONNECTED", "CONV_2D")
@@ -64,6 +65,7 @@ def quantize(
     # What is turned into whole numbers picks rows and classes, and half a step off is another one.
     exact = {name for each in operations if each.kind == "CAST" for name in (*each.inputs, *each.outputs)}
     shared = _shared_weights(content, operations) if recipe.needs_calibration else set()
+    constants = constant_names(content) if recipe.needs_calibration else set()
     _add_rules(work, ".*", recipe)
     if recipe.needs_calibration and not recipe.integer_io:
         for side in ("INPUT", "OUTPUT"):
@@ -75,6 +77,9 @@ def quantize(
         if own.needs_calibration and (_too_wide(each, ranges or {}) or exact.intersection(each.outputs)):
             own = RECIPES["float32"]
         if own.needs_calibration and each.kind not in ROUNDED_KINDS and shared.intersection(each.inputs):
+            own = RECIPES["float32"]
+        # The quantizer gives a constant that is compared a scale for each number, and then refuses it.
+        if own.needs_calibration and each.kind in COMPARING_KINDS and constants.intersection(each.inputs):
             own = RECIPES["float32"]
         if own.dynamic and (each.kind == "DEPTHWISE_CONV_2D" or each.weights < SMALL[own.weight_bits]):
             own = RECIPES["weight_only_int8"]

@@ -170,6 +170,18 @@ class _ExtremeRange(_Range):
     of 32 a third of the outputs' range, which made the error ten times that of ranges measured afterwards.
     """
 
+    def __init__(self, bits: int):
+        super().__init__(bits)
+        self._strategy = tf.distribute.get_strategy()
+
+    def span(self) -> tuple[float, float]:
+        """What the replicas' ranges hold together: one that saw more than the others counts."""
+        if self._strategy.num_replicas_in_sync == 1:
+            return super().span()
+        each = self._strategy.run(lambda: tf.convert_to_tensor(self.ends.value)[None])
+        ends = self._strategy.gather(each, axis=0).numpy()
+        return float(ends[:, 0].min()), float(ends[:, 1].max())
+
     def follow(self, before: Any, ends: Any, momentum: Any) -> Any:
         """The ends after a batch, from those before and the extremes of the batch."""
         nearer = super().follow(before, ends, 1 - COMING_IN * (1 - momentum))

@@ -16,23 +16,44 @@ import keras
 def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Lets `around(method, *args, **kwargs)` stand for a method of an object; gives back the undo.
 
-    What was put on last comes off first.
+    What was put on last is called first. Callbacks end in the order in which they were listed, so it may all
+    come off in any order.
     """
+    wrapped = vars(owner).get(name)
+    if not hasattr(wrapped, "arounds"):
+        wrapped = _wrapped(owner, name)
+        setattr(owner, name, wrapped)
+    wrapped.arounds.append(around)
+
+    def undo() -> None:
+        wrapped.arounds.remove(around)
+        if not wrapped.arounds and vars(owner).get(name) is wrapped:
+            wrapped.restore()
+
+    return undo
+
+
+def _wrapped(owner: Any, name: str) -> Any:
+    """A method that calls whatever is in its list `arounds`; the last one first."""
     shadowed = vars(owner).get(name)
     method = getattr(owner, name)
+    arounds: list[Callable[..., Any]] = []
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(method, *args, **kwargs)
+        call = method
+        for around in arounds:
+            call = functools.partial(around, call)
+        return call(*args, **kwargs)
 
-    def undo() -> None:
+    def restore() -> None:
         if shadowed is None:
             delattr(owner, name)
         else:
             setattr(owner, name, shadowed)
 
-    setattr(owner, name, wrapped)
-    return undo
+    wrapped.arounds, wrapped.restore = arounds, restore  # type: ignore[attr-defined]
+    return wrapped
 
 
 def wrap_call(layer: keras.layers.Layer, around: Callable[..., Any]) -> Callable[[], None]:

@@ -47,20 +47,21 @@ class NonFiniteWatch:
         Args:
             data: What the step works on.
         """
-        self._step.x = keras.utils.unpack_x_y_sample_weight(data)[0]
+        self._step.data = data
         try:
             yield
         finally:
-            del self._step.x
+            del self._step.data
 
     def attach(self) -> Callable[[], None]:
         """Puts the watch round `compute_loss`; gives back the undo."""
 
         def compute_and_watch(compute_loss: Any, x: Any = None, *args: Any, **kwargs: Any) -> Any:
             loss = compute_loss(x, *args, **kwargs)
-            if not hasattr(self._step, "x"):
+            if not hasattr(self._step, "data"):
                 return loss
-            inputs = self._step.x if x is None else x  # a train_step of the user's may leave it out
+            # A train_step of the user's may leave it out.
+            inputs = keras.utils.unpack_x_y_sample_weight(self._step.data)[0] if x is None else x
             bad = tf.logical_and(
                 self._at.value < 0, tf.logical_not(tf.math.is_finite(tf.cast(loss, tf.float32)))
             )

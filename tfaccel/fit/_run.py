@@ -88,7 +88,9 @@ def check_updates(callback: keras.callbacks.Callback, before: int) -> None:
         callback: Of the running `fit`.
         before: Updates that had been made when the epoch began.
     """
-    optimizer = callback.model.optimizer
+    model, optimizer = callback.model, callback.model.optimizer
+    if type(model).train_step is keras.Model.train_step or model.stop_training:
+        return
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         scale = getattr(optimizer, "dynamic_scale", optimizer.initial_scale)  # once it is built
         if float(keras.ops.convert_to_numpy(scale)) != optimizer.initial_scale:
@@ -99,7 +101,7 @@ def check_updates(callback: keras.callbacks.Callback, before: int) -> None:
         raise ValueError(
             f"{type(callback).__name__} follows the updates of model.optimizer, "
             f"a {type(optimizer).__name__}, which made none in an epoch: the train_step of "
-            f"{callback.model.name!r} applies others. Allowed: a train_step that calls self.optimizer.apply. "
+            f"{model.name!r} applies others. Allowed: a train_step that calls self.optimizer.apply. "
             "Leave the callback out; for a schedule, give each of your optimizers one of "
             "keras.optimizers.schedules."
         )

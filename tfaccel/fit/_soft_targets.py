@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -15,6 +17,17 @@ CATEGORICAL = (
     keras.losses.categorical_focal_crossentropy,
 )
 BINARY = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
+OF_NUMBERS = (
+    keras.losses.mean_squared_error,
+    keras.losses.mean_absolute_error,
+    keras.losses.mean_absolute_percentage_error,
+    keras.losses.mean_squared_logarithmic_error,
+    keras.losses.huber,
+    keras.losses.log_cosh,
+    keras.losses.cosine_similarity,
+    keras.losses.kl_divergence,
+    keras.losses.poisson,
+)
 LEAST_PROBABILITY = 1e-7  # as in Keras's cross-entropies
 
 
@@ -37,15 +50,17 @@ class SoftTargets(keras.losses.Loss):
     """A divergence in the form that a Keras loss has: of a teacher's outputs and a model's.
 
     Args:
-        like: The loss of the labels, a cross-entropy: whether it takes logits, its axis and its reduction.
+        function: The cross-entropy of the labels.
+        settings: Of it: whether it takes logits, and its axis.
+        reduction: As it has it.
         temperature: T.
     """
 
-    def __init__(self, like: keras.losses.Loss, temperature: float):
-        super().__init__(name="soft_targets", reduction=like.reduction)
-        self._binary = like.fn in BINARY
-        self._from_logits = getattr(like, "from_logits", False)
-        self._axis = getattr(like, "axis", -1)
+    def __init__(self, function: Any, settings: Mapping[str, Any], reduction: str | None, temperature: float):
+        super().__init__(name="soft_targets", reduction=reduction)
+        self._binary = function in BINARY
+        self._from_logits = settings.get("from_logits", False)
+        self._axis = settings.get("axis", -1)
         self._temperature = temperature
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -78,9 +93,24 @@ class _Function(keras.losses.Loss):
 
 
 def of_answers(of_labels: keras.losses.Loss, temperature: float) -> keras.losses.Loss:
-    """The loss that takes a teacher's answers where `of_labels` takes labels: itself, if it can."""
-    known = getattr(of_labels, "fn", None) in CATEGORICAL + BINARY
-    return SoftTargets(of_labels, temperature) if known else of_labels
+    """The loss that takes a teacher's answers where `of_labels` takes labels: itself, if they can be labels.
+
+    Raises:
+        ValueError: That can't be told of a loss of the user's own.
+    """
+    function: Any = getattr(of_labels, "fn", None)
+    settings = vars(of_labels)
+    while isinstance(function, functools.partial):
+        function, settings = function.func, {**settings, **function.keywords}
+    if function in CATEGORICAL + BINARY:
+        return SoftTargets(function, settings, of_labels.reduction, temperature)
+    if function in OF_NUMBERS:
+        return of_labels
+    raise ValueError(
+        f"The loss {of_labels.name!r} is made for labels, and may mean something else of a teacher's "
+        "answers. Allowed: Keras's cross-entropies and losses of numbers. Pass Distill(teacher, loss=...), "
+        "of the teacher's outputs and the model's."
+    )
 
 
 def as_loss(given: Any) -> keras.losses.Loss | None:

@@ -26,6 +26,7 @@ from keras import ops
 
 from tfaccel.errors import is_number, refuse
 from tfaccel.fit._calls import wrap_method
+from tfaccel.fit._outputs import alongside, by_path
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.fit._soft_targets import Whole, as_loss, of_answers
 from tfaccel.fit._state import beside
@@ -41,16 +42,17 @@ class Distill(keras.callbacks.Callback):
     part of the loss before it is weighted. Layers inside of the model that change images at random do so for
     the model only: to show both the same, put them into the data pipeline.
 
-    For outputs with a cross-entropy, the teacher's and the model's answers are softened by the temperature
-    and compared by their divergence, logits or probabilities as the loss takes them. For other outputs, the
-    loss that they were compiled with takes the teacher's answers as labels. Weights of samples, classes and
-    outputs count as they do for the labels.
+    For outputs with one of Keras's cross-entropies, the teacher's and the model's answers are softened by the
+    temperature and compared by their divergence, logits or probabilities as the loss takes them. A loss of
+    numbers, such as "mse", takes the teacher's answers as labels. Others have to be given. Weights of
+    samples, classes and outputs count as they do for the labels; `ignore_class` does not, there it
+    is heard. Outputs in lists go by their order, in dicts by their keys.
 
     Args:
         teacher: A built model with the same inputs, and outputs of the same shapes. Under a strategy it
             has to be made in the scope, as the model: `accelerator.adopt(teacher)`.
         weight: The teacher's share, 0 ≤ weight ≤ 1; the labels have the rest. 0 leaves plain Keras; with 1
-            labels don't matter. Penalties of layers count fully. Default 0.5.
+            labels have to be valid and don't count. Penalties of layers count fully. Default 0.5.
         temperature: T > 0, in units of logits: how much of the small probabilities is learnt. Default 3.
         loss: Instead of what is said above, a Keras loss, by name or as an object, of the teacher's outputs
             and the model's, as they are; for several outputs a structure like theirs. Default None.
@@ -58,7 +60,7 @@ class Distill(keras.callbacks.Callback):
     Raises:
         ValueError: A bad argument; or, before the first step, a teacher with other inputs or outputs or of
             another strategy, or one that shares weights with the model; a `train_step` that does not call
-            `compute_loss`.
+            `compute_loss`; a loss that needs one of its own for answers.
 
     Example:
         >>> teacher = keras.Sequential([keras.Input((8,)), keras.layers.Dense(64), keras.layers.Dense(3)])
@@ -124,23 +126,23 @@ class Distill(keras.callbacks.Callback):
                 f"The {name} was made outside of the strategy that {model.name!r} is trained under. Allowed: "
                 "a teacher made in the same scope. Pass Distill(accelerator.adopt(teacher))."
             )
-        own = {id(variable) for variable in model.variables}
-        if any(id(variable) in own for variable in self.teacher.variables):
+        trained = {id(variable) for variable in model.trainable_variables}
+        if any(id(variable) in trained for variable in self.teacher.variables):
             raise ValueError(
                 f"The {name} shares weights with {model.name!r}, and would change with it. Allowed: a model "
                 "of its own. Make a copy: keras.models.clone_model(model), then set_weights."
             )
         for what in ("inputs", "outputs"):
-            theirs, ours = (_shapes(getattr(each, what, None)) for each in (self.teacher, model))
-            if theirs is not None and ours is not None and not _fit_each_other(theirs, ours):
+            theirs, ours = (_only_shape(getattr(each, what, None)) for each in (self.teacher, model))
+            if not _fit_each_other(theirs, ours):
                 raise ValueError(
-                    f"The {name} has {what} of shapes {theirs}, {model.name!r} of {ours}. Allowed: the same. "
+                    f"The {name} has {what} of shape {theirs}, {model.name!r} of {ours}. Allowed: the same. "
                     "Give both models the same inputs, and as many classes."
                 )
 
     def _run_step(self, train_step: Any, data: Any) -> Any:
         """Runs as Python only where the step is traced."""
-        self._step.x, self._step.taught = keras.utils.unpack_x_y_sample_weight(data)[0], False
+        self._step.data, self._step.taught = data, False
         try:
             logs = train_step(data)
             if not self._step.taught:
@@ -151,29 +153,26 @@ class Distill(keras.callbacks.Callback):
                 )
             return logs
         finally:
-            del self._step.x
+            del self._step.data
 
-    def _compute_loss(
-        self,
-        compute_loss: Callable[..., Any],
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        own = compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs)
-        if not hasattr(self._step, "x") or y_pred is None:  # validation
+    def _compute_loss(self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        own = compute_loss(*args, **kwargs)
+        # An override of the user's may have other names, in Keras's order.
+        known = dict(zip(("x", "y", "y_pred", "sample_weight"), args, strict=False)) | kwargs
+        if not hasattr(self._step, "data") or known.get("y_pred") is None:  # validation
             return own
         self._step.taught = True
-        inputs = self._step.x if x is None else x
-        answers = keras.tree.map_structure(tf.stop_gradient, self.teacher(inputs, training=False))
-        taught = self._distillation_loss(answers, y_pred, sample_weight)
+        x = known.get("x")
+        x = keras.utils.unpack_x_y_sample_weight(self._step.data)[0] if x is None else x
+        answers = keras.tree.map_structure(tf.stop_gradient, self.teacher(x, training=False))
+        taught = self._distillation_loss(answers, known["y_pred"], known.get("sample_weight"))
         replicas = float(self.model.distribute_strategy.num_replicas_in_sync)
         self._sum.assign(self._sum + replicas * taught)
         self._count.assign(self._count + 1.0)
-        penalty = self._penalty()
-        return (1.0 - self.weight) * own + ops.cast(self.weight * (penalty + taught), own.dtype)
+        share = ops.cast(self.weight * (self._penalty() + taught), own.dtype)
+        if len(own.shape) > 0:  # reduction=None: Keras differentiates the sum
+            share /= ops.cast(ops.size(own), own.dtype)
+        return (1.0 - self.weight) * own + share
 
     def _penalty(self) -> Any:
         """What layers add to the loss: it does not depend on who teaches."""
@@ -193,32 +192,51 @@ class Distill(keras.callbacks.Callback):
             terms.append(weight * ops.cast(loss(theirs, ours, sample_weight=weights), "float32"))
         if not terms:
             raise ValueError(
-                f"{self.model.name!r} has no compiled loss to take for the teacher's answers. Allowed: a "
-                'loss in compile, or one here. Pass loss="mse" or another.'
+                f"{self.model.name!r} has no compiled loss to take for the teacher's answers, or its "
+                "compute_loss does not call it. Allowed: a loss in compile, or one here. Pass "
+                'loss="mse" or another.'
             )
         return ops.sum(ops.stack(terms))
 
     def _pairs(self, answers: Any, outputs: Any, sample_weight: Any) -> list[tuple]:
         """For each output that is taught: loss, weight, the teacher's answer, the model's, sample weights."""
-        flat, taught = keras.tree.flatten(outputs), keras.tree.flatten(answers)
-        if len(flat) != len(taught):
+        names, theirs = (
+            list(getattr(each, "output_names", None) or []) for each in (self.model, self.teacher)
+        )
+        ours, taught = list(by_path(outputs).values()), alongside(answers, theirs, outputs, names)
+        if taught is None:
             raise ValueError(
-                f"Teacher {self.teacher.name!r} has {len(taught)} outputs, {self.model.name!r} has "
-                f"{len(flat)}. Allowed: as many, in the same order. Take a teacher for the same task."
+                f"Teacher {self.teacher.name!r} has outputs {list(by_path(answers))}, {self.model.name!r} "
+                f"has {list(by_path(outputs))}. Allowed: the same keys, or as many in one order. Take a "
+                "teacher for the same task."
             )
-        weights = _one_each(sample_weight, len(flat))
         if self.loss is not None:
-            losses = _one_each(self._given, len(flat))
-            given = zip(losses, [1.0] * len(flat), taught, flat, weights, strict=True)
-            return [row for row in given if row[0] is not None]
-        place = {id(output): index for index, output in enumerate(flat)}
-        names = list(getattr(self.model, "output_names", None) or [])
-        rows = []
+            losses, weights = (
+                self._for_each(what, given, outputs, names)
+                for what, given in (("loss", self._given), ("sample_weight", sample_weight))
+            )
+            rows = zip(losses, [1.0] * len(ours), taught, ours, weights, strict=True)
+            return [row for row in rows if row[0] is not None]
+        place = {id(output): index for index, output in enumerate(ours)}
+        pairs = []
         for each in compiled_losses(self.model):
             index = place[id(each.output_of(outputs, names))]
+            weights = sample_weight
+            if keras.tree.is_nested(weights):  # Keras has looked it up alike
+                weights = each.output_of(weights, names)
             loss = of_answers(each.loss, self.temperature)
-            rows.append((loss, each.weight, taught[index], flat[index], weights[index]))
-        return rows
+            pairs.append((loss, each.weight, taught[index], ours[index], weights))
+        return pairs
+
+    def _for_each(self, what: str, given: Any, outputs: Any, names: list[str]) -> list:
+        """What was given for each output, or for all of them."""
+        if not keras.tree.is_nested(given):
+            return [given] * len(by_path(outputs))
+        found = alongside(given, names, outputs, names)
+        if found is None:
+            allowed = f"one for all, or one for each of {list(by_path(outputs))}; None leaves an output out"
+            raise refuse(what, given, allowed, "Nest it as the outputs are.")
+        return found
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Begins a new mean."""
@@ -243,21 +261,14 @@ class Distill(keras.callbacks.Callback):
         return f"Distill(<{self.teacher.name}>, {self.weight}, {given})"
 
 
-def _one_each(given: Any, outputs: int) -> list:
-    """What was given for each output, or for all of them."""
-    flat = keras.tree.flatten(given) or [None]
-    return flat if len(flat) == outputs else flat[:1] * outputs
+def _only_shape(tensors: Any) -> tuple | None:
+    """Of a model's one input or output; None where there are several, or the model does not say."""
+    flat = keras.tree.flatten(tensors)
+    return tuple(flat[0].shape) if len(flat) == 1 and flat[0] is not None else None
 
 
-def _shapes(tensors: Any) -> list[tuple] | None:
-    """Of each input or output; None where a model does not say."""
-    return None if tensors is None else [tuple(each.shape) for each in keras.tree.flatten(tensors)]
-
-
-def _fit_each_other(theirs: list[tuple], ours: list[tuple]) -> bool:
-    def alike(one: tuple, other: tuple) -> bool:
-        return len(one) == len(other) and all(
-            a == b or None in (a, b) for a, b in zip(one, other, strict=True)
-        )
-
-    return len(theirs) == len(ours) and all(map(alike, theirs, ours))
+def _fit_each_other(theirs: tuple | None, ours: tuple | None) -> bool:
+    if theirs is None or ours is None:
+        return True
+    sizes_fit = (a == b or None in (a, b) for a, b in zip(theirs, ours, strict=False))
+    return len(theirs) == len(ours) and all(sizes_fit)

@@ -32,6 +32,7 @@ from tfaccel.plots import new_figure
 
 SMOOTHED_OVER = 0.03  # of the steps, on either side
 FEWEST = 20  # steps that tell noise from a rise
+SURELY = 10.0  # times `DIVERGED`, before that
 DIVERGED = 4.0  # times as far as the loss had fallen: a run that rose so far is given up
 
 
@@ -301,19 +302,22 @@ def _smooth(losses: np.ndarray) -> np.ndarray:
 
 
 def _noise(losses: np.ndarray) -> float:
-    """The standard deviation of single batches, from their differences; some that exploded don't move it."""
-    return 1.4826 / math.sqrt(2) * float(np.median(np.abs(np.diff(losses))))
+    """The standard deviation of single batches, from their differences at the lower learning rates."""
+    differences = np.abs(np.diff(losses[: max(len(losses) // 2, 2)]))
+    return 1.4826 / math.sqrt(2) * float(np.median(differences))
 
 
 def _explodes(losses: np.ndarray) -> bool:
     if not np.isfinite(losses).all():
         return True
-    if len(losses) < FEWEST:
+    if len(losses) < 5:
         return False
     smoothed = _smooth(losses)
     # A loss may be negative, or begin near 0: what counts is how far it rose against how far it fell, and
     # against the noise of its batches, which is all that there is in the loss of a trained model.
     fallen = max(smoothed[0] - smoothed.min(), 0.1 * abs(smoothed[0]), _noise(losses), 1e-12)
+    if len(losses) < FEWEST:  # a few noisy batches are no rise yet
+        return bool(losses[-1] > smoothed.min() + SURELY * DIVERGED * fallen)
     return bool(smoothed[-1] > smoothed.min() + DIVERGED * fallen)
 
 

@@ -73,7 +73,7 @@ def _reshape(original: Callable, setting: Callable[[], Any]) -> Callable:
 
 def _repeat(original: Callable, setting: Callable[[], Any]) -> Callable:
     def repeat(x: Any, repeats: Any, axis: Any = None) -> tf.Tensor:
-        sizes = list(x.shape) if hasattr(x, "shape") and x.shape.rank is not None else []
+        sizes = list(x.shape) if isinstance(x, tf.Tensor) and x.shape.rank is not None else []
         place = axis + len(sizes) if isinstance(axis, int) and axis < 0 else axis
         known = isinstance(place, int) and 0 < place < len(sizes) and None not in sizes[1:]
         if not (setting() and known and isinstance(repeats, int) and x.dtype.is_floating):
