@@ -2,10 +2,10 @@
 
 When to use: for a small model, or one that is being pruned, clustered or rounded, with a better one at hand:
 a larger net, or the net as it was before. A teacher's answers say how alike the classes look to it, where a
-label says one of them. `keras.distillation.Distiller` puts both into a third model; this callback leaves the
+label says one of them. `keras.distillation.Distiller` puts both into a third model; this one leaves the
 model what it is, so that what changes its weights (`PruneWeights`, `QuantizeAware`) finds them. Besides, by
-default Keras 3.15's `LogitsDistillation` takes logits / T for probabilities, cut off below 1e-7 and above 1: it
-looks for a `KLDivergence` object and is given a function. With an object it computes what this one does.
+default Keras 3.15's `LogitsDistillation` takes logits / T for probabilities, cut off below 1e-7 and above
+1: it looks for a `KLDivergence` object and is given a function. With an object it computes what this does.
 
 What it costs: the teacher's forward pass in every step, about a third of a step of the teacher.
 
