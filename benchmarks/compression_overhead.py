@@ -12,7 +12,8 @@ fit's: on a noisy machine the figure to trust.
 
 Rows: `plain` is bare Keras against itself, which shows the noise. `prune` makes a mask every 52 steps, as
 does tfmot's. `cluster` regroups every 75 steps; tfmot's looks its weights up every step. `quantize` rounds
-weights and activations to eight bits, as tfmot's does; `quantize weights` only those.
+weights and activations to eight bits, as tfmot's does; `quantize weights` only those. `distill` has a teacher
+of the same form.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def ours(name):
         "quantize weights": lambda: [tfaccel.QuantizeAware(8, None)],
         "quantize": lambda: [tfaccel.QuantizeAware(8)],
         "quantize learned": lambda: [tfaccel.QuantizeAware(8, ranges="learned")],
+        "distill": lambda: [tfaccel.Distill(build(keras, name))],
         "all three": lambda: [
             tfaccel.PruneWeights(0.8),
             tfaccel.ClusterWeights(16),

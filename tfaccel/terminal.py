@@ -139,7 +139,7 @@ def training_table(result: DemoResult) -> Table:
         _number(ratio, ".2f", " ×"),
     )
     table.add_row(
-        "accuracy, plain Keras in its best epoch",
+        "accuracy (plain: best epoch)",
         _number(figures["plain_accuracy"], ".1%"),
         _number(figures["accelerated_accuracy"], ".1%"),
         "",

@@ -7,7 +7,8 @@ model what it is, so that what changes its weights (`PruneWeights`, `QuantizeAwa
 default Keras 3.15's `LogitsDistillation` takes logits / T for probabilities, cut off below 1e-7 and above
 1: it looks for a `KLDivergence` object and is given a function. With an object it computes what this does.
 
-What it costs: the teacher's forward pass in every step, about a third of a step of the teacher.
+What it costs: the teacher's forward pass in every step, a quarter of a step for one of the same form
+(`benchmarks/compression_overhead.py`).
 
     loss = (1 − weight) · own + weight · T² · KL(softmax(teacher / T) ‖ softmax(model / T))
 """
