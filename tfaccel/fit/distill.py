@@ -187,7 +187,8 @@ class Distill(keras.callbacks.Callback):
             if tuple(theirs.shape)[1:] != tuple(ours.shape)[1:]:
                 raise ValueError(
                     f"Teacher {self.teacher.name!r} answers with shape {tuple(theirs.shape)}, "
-                    f"{self.model.name!r} with {tuple(ours.shape)}. Allowed: the same. Take one for this."
+                    f"{self.model.name!r} with {tuple(ours.shape)}. Allowed: the same. Take a teacher for "
+                    "the same task."
                 )
             terms.append(weight * ops.cast(loss(theirs, ours, sample_weight=weights), "float32"))
         if not terms:
