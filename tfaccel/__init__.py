@@ -18,9 +18,10 @@ from tfaccel.fit import schedules
 from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, CompressionRow, compression_report
 from tfaccel.fit.distill import Distill
-from tfaccel.fit.find_learning_rate import LearningRateCurve, find_learning_rate
+from tfaccel.fit.find_learning_rate import find_learning_rate
 from tfaccel.fit.layer_learning_rates import LayerLearningRates
 from tfaccel.fit.learning_rate import LearningRate, OneCycle, WarmupCosine
+from tfaccel.fit.learning_rate_curve import LearningRateCurve
 from tfaccel.fit.plateau import Plateau
 from tfaccel.fit.profile import Profile
 from tfaccel.fit.profile_report import ProfileReport

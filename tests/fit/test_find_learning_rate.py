@@ -9,7 +9,7 @@ import tensorflow as tf
 from distribution_cells import mirrored
 
 import tfaccel
-from tfaccel.fit.find_learning_rate import LearningRateCurve, _explodes, _smooth, longest_fall
+from tfaccel.fit.learning_rate_curve import LearningRateCurve, explodes, longest_fall, smooth
 from tfaccel.keras_fixes.random_state import random_state_kept
 
 
@@ -123,7 +123,7 @@ def test_two_replicas_see_what_one_device_sees(helpers, small):
     np.testing.assert_allclose(*found, rtol=1e-3)
 
 
-def test_it_gives_up_where_the_loss_explodes(helpers, small):
+def test_it_gives_up_where_the_lossexplodes(helpers, small):
     curve = tfaccel.find_learning_rate(
         net(helpers, keras.optimizers.SGD(0.1)), small, batch_size=24, highest=1e6, steps=100
     )
@@ -213,12 +213,12 @@ def test_a_trained_model_is_told_apart_and_its_noise_is_no_explosion():
     rates = np.geomspace(1e-6, 1, 200)
     noise = np.random.default_rng(0).normal(scale=0.05, size=200)
     losses = 0.1 + np.abs(noise) + np.where(rates > 1e-2, 2 * np.log10(rates / 1e-2), 0)
-    curve = LearningRateCurve(rates, losses, _smooth(losses), diverged=False)
+    curve = LearningRateCurve(rates, losses, smooth(losses), diverged=False)
     assert not curve.fell
     assert "the loss fell nowhere" in str(curve)
     assert 3e-3 < 3 * curve.peak < 3e-2
     assert 10 * curve.minimum_tenth == pytest.approx(3 * curve.peak)
-    explosions = [_explodes(losses[:n]) for n in range(5, 200)]
+    explosions = [explodes(losses[:n]) for n in range(5, 200)]
     assert not any(explosions[:130]), "rates up to 1e-2"
     assert any(explosions[130:])
 
