@@ -64,8 +64,7 @@ def quantize(
     work = quantizer.Quantizer(bytearray(content))
     # What is turned into whole numbers picks rows and classes, and half a step off is another one.
     exact = {name for each in operations if each.kind == "CAST" for name in (*each.inputs, *each.outputs)}
-    shared = _shared_weights(content, operations) if recipe.needs_calibration else set()
-    constants = constant_names(content) if recipe.needs_calibration else set()
+    floats = _constants_in_floats(content, operations) if recipe.needs_calibration else set()
     _add_rules(work, ".*", recipe)
     if recipe.needs_calibration and not recipe.integer_io:
         for side in ("INPUT", "OUTPUT"):
@@ -76,10 +75,7 @@ def quantize(
         own = (chosen or {}).get(each.outputs[0], recipe)
         if own.needs_calibration and (_too_wide(each, ranges or {}) or exact.intersection(each.outputs)):
             own = RECIPES["float32"]
-        if own.needs_calibration and each.kind not in ROUNDED_KINDS and shared.intersection(each.inputs):
-            own = RECIPES["float32"]
-        # The quantizer gives a constant that is compared a scale for each number, and then refuses it.
-        if own.needs_calibration and each.kind in COMPARING_KINDS and constants.intersection(each.inputs):
+        if own.needs_calibration and each.kind not in ROUNDED_KINDS and floats.intersection(_operands(each)):
             own = RECIPES["float32"]
         if own.dynamic and (each.kind == "DEPTHWISE_CONV_2D" or each.weights < SMALL[own.weight_bits]):
             own = RECIPES["weight_only_int8"]
@@ -94,18 +90,26 @@ def quantize(
     return bytes(result.quantized_model)
 
 
-def _shared_weights(content: bytes, operations: Sequence[Operation]) -> set[str]:
+def _constants_in_floats(content: bytes, operations: Sequence[Operation]) -> set[str]:
     """Constants that operations of several kinds read, such as an embedding that is also the last layer.
 
-    A product wants a scale for each channel of them, a lookup one for all, and the file has room for one. A
-    bias, which the converter keeps once where several are equal, is given to each operation by the quantizer.
+    A product wants a scale for each channel of them, a lookup one for all, and the file has room for one.
+    Besides, those that are compared: the quantizer gives them a scale for each number, and then refuses it.
     """
     kinds: dict[str, set[str]] = {}
     for each in operations:
-        for name in each.inputs[: BIAS_PLACE if each.kind in BIASED_KINDS else None]:
+        for name in _operands(each):
             kinds.setdefault(name, set()).add(each.kind)
-    several = {name for name, mine in kinds.items() if len(mine) > 1}
-    return several & constant_names(content) if several else set()
+    found = {name for name, mine in kinds.items() if len(mine) > 1 or mine.intersection(COMPARING_KINDS)}
+    return found & constant_names(content) if found else set()
+
+
+def _operands(operation: Operation) -> tuple[str, ...]:
+    """What it reads but for a bias, which the converter keeps once where several are equal.
+
+    The quantizer gives each operation a bias of its own.
+    """
+    return operation.inputs[: BIAS_PLACE if operation.kind in BIASED_KINDS else None]
 
 
 def _add_rules(work: Any, scope: str, recipe: Recipe) -> None:

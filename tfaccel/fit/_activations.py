@@ -20,7 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.fit._calls import wrap_call
+from tfaccel.fit._calls import undo_all, wrap_call
 from tfaccel.fit._state import beside
 from tfaccel.learned_ranges import FileRounding, LearnedRanges
 
@@ -60,11 +60,7 @@ class RoundedActivations:
         undo = [wrap_call(layer, self._around(key)) for key, layer in self._layers.items()]
         undo.append(wrap_call(self._model, self._around_model))
 
-        def take_off() -> None:
-            for step in reversed(undo):
-                step()
-
-        return take_off
+        return undo_all(undo)
 
     def _around(self, key: int) -> Callable[..., Any]:
         def call_rounding(call: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ What a layer computes, a model's loss or its step: the method is replaced on the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -31,6 +31,16 @@ def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[
             wrapped.restore()
 
     return undo
+
+
+def undo_all(undo: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """One undo for several things that were put on one after the other; the last comes off first."""
+
+    def take_off() -> None:
+        for step in reversed(undo):
+            step()
+
+    return take_off
 
 
 def _wrapped(owner: Any, name: str) -> Any:

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.fit._calls import wrap_call, wrap_method
+from tfaccel.fit._calls import undo_all, wrap_call, wrap_method
 from tfaccel.fit._optimizer import inner_optimizer
 from tfaccel.fit._state import beside
 from tfaccel.keras_fixes.inner_layers import held_alone, inner_layers
@@ -99,8 +99,7 @@ class NonFiniteWatch:
         try:
             self._model(x, training=True)
         finally:
-            for step in reversed(undo):
-                step()
+            undo_all(undo)()
         called = {id(layer) for layer in order}
         self._order = [*order, *(layer for layer in layers if id(layer) not in called)]
         self._output.assign(_first([_any(seen.get(id(layer), [])) for layer in self._order]))

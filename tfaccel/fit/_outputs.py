@@ -35,6 +35,15 @@ def alongside(given: Any, given_names: list[str], outputs: Any, names: list[str]
     return [theirs[path] for path in ours] if ours.keys() == theirs.keys() else None
 
 
+def leaf_at(structure: Any, path: tuple, names: list[str]) -> Any:
+    """The leaf that a path leads to; a list is looked up by its outputs' names where the path has one."""
+    if path and path[0] in names and not isinstance(structure, dict):
+        structure = _named(structure if isinstance(structure, list | tuple) else [structure], names)
+    for key in path:
+        structure = structure[key]
+    return structure
+
+
 def _named(structure: Any, names: list[str]) -> Any:
     is_list = isinstance(structure, list | tuple) and len(structure) == len(names)
     return dict(zip(names, structure, strict=True)) if is_list else structure

@@ -25,8 +25,8 @@ import tensorflow as tf
 from keras import ops
 
 from tfaccel.errors import is_number, refuse
-from tfaccel.fit._calls import wrap_method
-from tfaccel.fit._outputs import alongside, by_path
+from tfaccel.fit._calls import undo_all, wrap_method
+from tfaccel.fit._outputs import alongside, by_path, leaf_at
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.fit._soft_targets import Whole, as_loss, of_answers
 from tfaccel.fit._state import beside
@@ -112,11 +112,7 @@ class Distill(keras.callbacks.Callback):
             wrap_method(self.model, "compute_loss", self._compute_loss),
         ]
 
-        def take_off() -> None:
-            for step in reversed(undo):
-                step()
-
-        self._attachment = Attachment(self.model, take_off)
+        self._attachment = Attachment(self.model, undo_all(undo))
 
     def _check_teacher(self) -> None:
         name, model = f"teacher {self.teacher.name!r}", self.model
@@ -221,10 +217,10 @@ class Distill(keras.callbacks.Callback):
         place = {id(output): index for index, output in enumerate(ours)}
         pairs = []
         for each in compiled_losses(self.model):
-            index = place[id(each.output_of(outputs, names))]
+            index = place[id(leaf_at(outputs, each.path, names))]
             weights = sample_weight
             if keras.tree.is_nested(weights):  # Keras has looked it up alike
-                weights = each.output_of(weights, names)
+                weights = leaf_at(weights, each.path, names)
             loss = of_answers(each.loss, self.temperature)
             pairs.append((loss, each.weight, taught[index], ours[index], weights))
         return pairs

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfaccel.errors import is_number, is_whole, refuse
-from tfaccel.fit._calls import wrap_method
+from tfaccel.fit._calls import undo_all, wrap_method
 from tfaccel.fit._optimizer import drive, inner_optimizer
 from tfaccel.fit._run import updates_done
 from tfaccel.fit._schedule import check_optimizer
@@ -109,11 +109,7 @@ class _Finder(keras.callbacks.Callback):
 
         undo = [drive(optimizer, rising, None, start, rate), self._note_losses(start)]
 
-        def take_off() -> None:
-            for step in reversed(undo):
-                step()
-
-        self._attachment = Attachment(self.model, take_off)
+        self._attachment = Attachment(self.model, undo_all(undo))
 
     def _note_losses(self, start: int) -> Any:
         optimizer = inner_optimizer(self.model.optimizer)

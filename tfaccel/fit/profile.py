@@ -21,7 +21,7 @@ import keras
 
 from tfaccel.errors import refuse
 from tfaccel.fit._call_times import CallbackTimes, Calls, TimedFunction
-from tfaccel.fit._calls import wrap_method
+from tfaccel.fit._calls import undo_all, wrap_method
 from tfaccel.fit._non_finite import NonFiniteWatch, check_loss_scale
 from tfaccel.fit._session import Attachment
 from tfaccel.fit._traces import Traces
@@ -116,11 +116,7 @@ class Profile(Throughput):
         self._train_step = self.model.train_step
         undo.append(wrap_method(self.model, "train_step", self._run_step))
 
-        def take_off() -> None:
-            for step in reversed(undo):
-                step()
-
-        self._attachment = Attachment(self.model, take_off, made_anew=self._note_new_function)
+        self._attachment = Attachment(self.model, undo_all(undo), made_anew=self._note_new_function)
         watchers = getattr(self._clock, "watchers", None)
         if watchers is not None:
             watchers.append(self._note_call)

@@ -25,7 +25,7 @@ import keras
 
 from tfaccel.errors import is_whole, refuse
 from tfaccel.fit._activations import KINDS, RoundedActivations
-from tfaccel.fit._calls import wrap_call
+from tfaccel.fit._calls import undo_all, wrap_call
 from tfaccel.fit._choice import (
     Choice,
     Layers,
@@ -188,8 +188,7 @@ class QuantizeAware(keras.callbacks.Callback):
             self.model.make_predict_function(force=True)
 
         def take_off() -> None:
-            for step in reversed(undo):
-                step()
+            undo_all(undo)()
             trace_again()
 
         attachment = Attachment(self.model, take_off)

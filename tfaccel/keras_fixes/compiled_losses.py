@@ -8,7 +8,6 @@ Smallest reproduction (Keras 3.15.1): `model.compile(loss={"a": "mse"}, loss_wei
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import keras
 
@@ -18,7 +17,7 @@ class OutputLoss:
     """What one output is trained with.
 
     Args:
-        path: Keys and indices that lead to the output.
+        path: Keys and indices that lead to the output; of a list, names where the losses were given by name.
         loss: Of labels and the output.
         weight: In the sum over all outputs.
     """
@@ -26,16 +25,6 @@ class OutputLoss:
     path: tuple
     loss: keras.losses.Loss
     weight: float
-
-    def output_of(self, outputs: Any, names: list[str]) -> Any:
-        """The output among what a model gives; by its name, where losses were given by names."""
-        by_name = self.path and self.path[0] in names and not isinstance(outputs, dict)
-        if by_name:
-            flat = outputs if isinstance(outputs, list | tuple) else [outputs]
-            outputs = dict(zip(names, flat, strict=True))
-        for key in self.path:
-            outputs = outputs[key]
-        return outputs
 
 
 def compiled_losses(model: keras.Model) -> list[OutputLoss]:
