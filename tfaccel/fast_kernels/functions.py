@@ -14,9 +14,10 @@ import tensorflow as tf
 
 from tfaccel.fast_kernels.agreement import same_step
 from tfaccel.fast_kernels.chunks import CallLength, Chunk
-from tfaccel.fast_kernels.resident import MEMORY_FRACTION, Pass, ResidentBatches, free_memory_bytes
+from tfaccel.fast_kernels.resident import MEMORY_FRACTION, Pass, ResidentBatches
 from tfaccel.fast_kernels.step_loop import Step, resident_loop, stream_loop
 from tfaccel.fast_kernels.trial import Trial, Way
+from tfaccel.free_memory import free_memory_bytes
 from tfaccel.keras_fixes.input_clock import Reading
 
 MOST_PROGRAMS = 8  # kept for one model
@@ -113,6 +114,7 @@ class FastFunction:
             program = self._program("stream", lambda: stream_loop(self._step(way), way is Way.LOOP))
             logs, *counts = program(source, tf.constant(count))
             count, examples, waited_s = (tensor.numpy().item() for tensor in counts)
+            _wait_for(logs)
         seconds = time.perf_counter() - started
         chunk.ran(count)
         self.length.took(count, seconds)
@@ -132,10 +134,12 @@ class FastFunction:
                 program = self._loop(way, batches)
                 started = time.perf_counter()
                 logs = program(*_arguments(source, first, now))
+                _wait_for(logs)
                 trial.note(way, now, time.perf_counter() - started)
             first, full, count = first + now, full - now, count - now
         if count > 0:  # the partial batch at the end
             logs = plain(*_arguments(source, first, count))
+            _wait_for(logs)
         return logs
 
     def _try(self, way: Way, trial: Trial, source: Pass, first: int) -> Any:
@@ -229,6 +233,14 @@ def _why_not_twice(program: Any, variables: list[tf.Variable]) -> str:
 def _assign(variables: list[tf.Variable], values: list[np.ndarray]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+def _wait_for(logs: Any) -> None:
+    """A GPU computes on when a call has returned; the times here are those of the whole."""
+    for leaf in tf.nest.flatten(logs):
+        if isinstance(leaf, tf.Tensor):
+            leaf.numpy()
+            return
 
 
 def _arguments(source: Pass, first: int, count: int) -> tuple:

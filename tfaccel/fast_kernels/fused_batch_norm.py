@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfaccel.fast_kernels.agreement import EPSILON, tolerance, worst_disagreement
+from tfaccel.fast_kernels.placement import step_device
 from tfaccel.keras_fixes.patch import Patch
 
 MIN_EPSILON = 1e-5  # of cuDNN, which adds no less
@@ -110,7 +111,7 @@ def probe(dtype: str) -> float:
     Returns:
         As `disagreement`: up to 1 they agree.
     """
-    with tf.device("CPU:0"):
+    with tf.device(step_device()):
         results = [_one_step(dtype, fuse) for fuse in (False, True)]
     before = [np.zeros_like(a) for a in results[0]]
     before[-1] += 1  # the moving variance

@@ -23,6 +23,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
 from tfaccel.fast_kernels.agreement import tolerance, worst_disagreement
+from tfaccel.fast_kernels.placement import step_device
 from tfaccel.keras_fixes.patch import Patch
 
 
@@ -67,7 +68,7 @@ def probe() -> float:
     """
     x = tf.constant(np.concatenate([np.linspace(-8, 8, 401), [-1e4, -30, 30, 1e4]]), tf.float32)
     results = []
-    with tf.device("CPU:0"):
+    with tf.device(step_device()):
         for way in (lambda x: keras_nn.gelu(x, approximate=False), gelu):
             with tf.GradientTape() as tape:
                 tape.watch(x)

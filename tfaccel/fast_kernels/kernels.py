@@ -221,7 +221,9 @@ class Kernels:
                     data.new_order()
                 started = True
             order = data.new_order()
-            return Pass(data, same_order(model.distribute_strategy, order) if self.replicated else order)
+            if self.replicated:  # each replica fetches its rows out of the host's memory
+                return Pass(data, same_order(model.distribute_strategy, order))
+            return data.on_device(order)
 
         return begin
 

@@ -8,14 +8,15 @@ permutation an epoch.
 from __future__ import annotations
 
 import copy
-import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from tfaccel.fast_kernels.placement import on_gpu, put, step_device, stored_dtype
+from tfaccel.free_memory import free_gpu_memory_bytes, free_memory_bytes
 
 MEMORY_FRACTION = 0.25  # of the memory that is free: what a copy of the user's arrays may take
 ATTRIBUTE = "tfaccel_batches"
@@ -33,15 +34,30 @@ class BatchForm:
     def __init__(self, structure: Any, transform: Callable | None = None, transform_key: object = None):
         leaves = [leaf for leaf in keras.tree.flatten(structure) if leaf is not None]
         self.specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in leaves]
+        self.order_spec = tf.TensorSpec([None], tf.int32)
+        self._dtypes = [leaf.dtype for leaf in leaves]
         self._structure = keras.tree.map_structure(lambda leaf: 0, structure, none_is_leaf=False)
         self._transform = transform
         self._floatx = keras.config.floatx()
-        # What a compiled loop depends on: data of equal signature share one.
-        self.signature = (repr(self._structure), tuple(self.specs), transform_key, self._floatx)
+        self._transform_key = transform_key
+
+    @property
+    def signature(self) -> tuple:
+        """What a compiled loop depends on: data of equal signature share one."""
+        specs = (*self.specs, self.order_spec)
+        return repr(self._structure), specs, self._transform_key, self._floatx
+
+    def stored_as(self, leaves: list[tf.Tensor], order: tf.Tensor) -> BatchForm:
+        """The same batches, cut out of tensors of other dtypes."""
+        other = copy.copy(self)
+        other.specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in leaves]
+        other.order_spec = tf.TensorSpec([None], order.dtype)
+        return other
 
     def cut(self, leaves: list[tf.Tensor], rows: tf.Tensor) -> Any:
         """The batch of the given rows, as Keras's own pipeline hands it over: floats in `floatx`."""
-        batch = iter([in_floatx(tf.gather(leaf, rows), self._floatx) for leaf in leaves])
+        stored = [tf.cast(tf.gather(leaf, rows), d) for leaf, d in zip(leaves, self._dtypes, strict=True)]
+        batch = iter([in_floatx(leaf, self._floatx) for leaf in stored])
         data = keras.tree.map_structure(lambda leaf: next(batch), self._structure, none_is_leaf=False)
         return data if self._transform is None else self._transform(*data)
 
@@ -64,6 +80,7 @@ class ResidentBatches:
         self._tensors = tensors
         self._shuffle = shuffle
         self.leaves = [leaf for leaf in keras.tree.flatten(tensors) if leaf is not None]
+        self._placed: list[list[tf.Tensor]] = []  # the leaves in a GPU's memory, once they are there
 
     def with_transform(self, transform: Callable, key: object) -> ResidentBatches:
         """The same data, each batch changed inside the loop: `transform(*batch)`.
@@ -75,6 +92,31 @@ class ResidentBatches:
         other = copy.copy(self)
         other.form = BatchForm(self._tensors, transform, key)
         return other
+
+    def on_device(self, order: tf.Tensor) -> Pass:
+        """A pass over them where the step runs: in a GPU's memory, unless they take too much of it.
+
+        Args:
+            order: From `new_order`.
+        """
+        if not on_gpu() or not (self._placed or self._fits_gpu()):
+            return Pass(self, order)
+        if not self._placed:
+            self._placed.append([put(leaf, step_device()) for leaf in self.leaves])
+        other = copy.copy(self)
+        other.leaves = self._placed[0]
+        order = put(order, step_device())
+        other.form = self.form.stored_as(other.leaves, order)
+        return Pass(other, order)
+
+    def _fits_gpu(self) -> bool:
+        if any(leaf.dtype == tf.string for leaf in self.leaves):
+            return False
+        size = sum(
+            leaf.shape.num_elements() * stored_dtype(leaf.dtype, step_device()).size for leaf in self.leaves
+        )
+        free = free_gpu_memory_bytes()
+        return free is not None and size <= MEMORY_FRACTION * free
 
     def first_batches(self, count: int | None) -> Any:
         """The rows of so many batches in the order in which they were given; None for all."""
@@ -139,19 +181,6 @@ def of_arrays(inputs: Any, samples: int, batch_size: int, shuffle: bool) -> Resi
     with tf.device("CPU:0"):
         tensors = keras.tree.map_structure(tf.convert_to_tensor, inputs, none_is_leaf=False)
     return ResidentBatches(tensors, samples, batch_size, bool(shuffle))
-
-
-def free_memory_bytes() -> float:
-    """Memory that can be taken without swapping; infinite where the system doesn't say."""
-    try:
-        with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":") for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        names = getattr(os, "sysconf_names", {})
-        if "SC_AVPHYS_PAGES" in names:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return math.inf
 
 
 def in_floatx(tensor: tf.Tensor, floatx: str | None = None) -> tf.Tensor:

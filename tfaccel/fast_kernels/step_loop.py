@@ -77,7 +77,7 @@ def resident_loop(step: Step, form: BatchForm, static_size: int | None, xla: boo
         return _repeat(retraced_silently(tf.function(numbered, autograph=False)), first, count)
 
     number = tf.TensorSpec([], tf.int32)
-    signature = [form.specs, tf.TensorSpec([None], tf.int32), number, number, number]
+    signature = [form.specs, form.order_spec, number, number, number]
     return retraced_silently(tf.function(run, input_signature=signature, jit_compile=xla, autograph=False))
 
 

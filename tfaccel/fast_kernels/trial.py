@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tfaccel.fast_kernels.placement import on_gpu
+
 # 30 times slower on a CPU: step_time.py --models cnn_bn --batches 32 --contenders tf_plain tf_xla
 SLOW_IN_XLA_ON_CPU = ("Conv", "DepthwiseConv", "MaxPool", "AvgPool", "Resize")
 NOT_IN_XLA = ("PyFunc", "EagerPyFunc", "Lookup", "String", "Unique", "Where")
@@ -100,7 +102,8 @@ class Trial:
 
     def _ask_ops(self, program: Any) -> None:
         self._ops = self._ops or op_types(program)
-        slow = next((p for p in SLOW_IN_XLA_ON_CPU for op in self._ops if op.startswith(p)), None)
+        bad = () if on_gpu() else SLOW_IN_XLA_ON_CPU
+        slow = next((p for p in bad for op in self._ops if op.startswith(p)), None)
         if slow:
             self.reject(Way.LOOP, f"it is slow for {slow} on a CPU")
         elif any(part in op for op in self._ops for part in NOT_IN_XLA):

@@ -44,7 +44,8 @@ class Profile(Throughput):
     `host` (Keras's Python), `compile`; and `mfu`, the share of this machine's own matrix product that the
     step reaches. After the run `report` has all of it, with one line of advice.
 
-    On a GPU a call returns before the device is done, and what it still computes counts as `host`.
+    On a GPU, under `kernels="plain"`, a call returns before the device is done, and what it still computes
+    counts as `host`.
 
     Args:
         path: Where to write the report as a web page with plots, or None. It replaces what is there.

@@ -13,10 +13,11 @@ import importlib.util
 import os
 import pathlib
 import platform
-import subprocess
 from collections.abc import Mapping
 
 import tensorflow as tf
+
+from tfaccel.free_memory import gpu_memory_bytes
 
 # Read by TensorFlow's own TPU client. TPU_ML_PLATFORM* is left out on purpose: importing TensorFlow
 # sets it on every machine.
@@ -155,16 +156,6 @@ def physical_memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return None
-
-
-def gpu_memory_bytes() -> int | None:
-    """Memory of the smallest GPU as `nvidia-smi` gives it, or None. TensorFlow has no call for it."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
-        return min(int(line) for line in answer.stdout.split()) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError):
         return None
 
 

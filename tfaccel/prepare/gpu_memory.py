@@ -11,7 +11,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from tfaccel.errors import is_whole, refuse
-from tfaccel.prepare.devices import gpu_memory_bytes
+from tfaccel.free_memory import gpu_memory_bytes
 
 MEGABYTE = 2**20
 

@@ -18,9 +18,8 @@ import keras
 import tensorflow as tf
 
 from tfaccel.errors import is_whole, refuse
-from tfaccel.fast_kernels.resident import free_memory_bytes
+from tfaccel.free_memory import free_gpu_memory_bytes, free_memory_bytes
 from tfaccel.keras_fixes.first_batch import build_state, input_structure
-from tfaccel.prepare.devices import gpu_memory_bytes
 from tfaccel.step_graph import step_cost
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -217,8 +216,5 @@ def _bytes(variables: Any) -> int:
 
 def free_memory() -> float:
     """Bytes that one device has left: of the first GPU where there is one, else of the machine."""
-    gpus = tf.config.list_logical_devices("GPU")
-    total = gpu_memory_bytes() if gpus else None
-    if total is not None:
-        return total - tf.config.experimental.get_memory_info(gpus[0].name)["current"]
-    return free_memory_bytes()
+    on_gpu = free_gpu_memory_bytes()
+    return free_memory_bytes() if on_gpu is None else on_gpu
