@@ -1,5 +1,7 @@
 """The fused updates: every option against Keras's own update, with nothing left behind."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tfaccel
 from tfaccel.fast_kernels import fused_optimizer
 from tfaccel.fast_kernels.agreement import UNITS, worst_disagreement
 
@@ -105,7 +108,7 @@ def test_an_update_of_the_users_own_is_left_alone():
     assert fused_optimizer.fused_update(Renamed()) is fused_optimizer.fused_update(optimizers.Adam())
 
 
-def test_sparse_gradients_and_other_dtypes_take_keras_own_update():
+def test_other_dtypes_and_sparse_gradients_without_an_update_take_keras_own():
     calls = []
     adam = optimizers.Adam(0.1)
     table = keras.Variable(np.ones((4, 2)), dtype="float32")
@@ -117,6 +120,90 @@ def test_sparse_gradients_and_other_dtypes_take_keras_own_update():
     assert calls == []
     for variable in (table, *others):
         assert float(np.min(np.asarray(variable.numpy(), "float64"))) < 1
+
+
+ROWS = {
+    "adam": optimizers.Adam,
+    "amsgrad": lambda **options: optimizers.Adam(amsgrad=True, **options),
+    "adamw": lambda **options: optimizers.AdamW(weight_decay=0.02, **options),
+    "no momentum": lambda **options: optimizers.Adam(beta_1=0.0, **options),
+}
+
+
+def rows_of_a_table(make, options, fuse, steps=5, shape=(6, 3), xla=False, seed=0):
+    """State after updates by rows: some come several times, some never, some only in later steps."""
+    random = np.random.default_rng(seed)
+    start = random.normal(size=shape)
+    variables = [keras.Variable(start, dtype="float32"), keras.Variable(start, dtype="float32")]
+    optimizer = make(**{"learning_rate": 0.01, **options})
+    optimizer.build(variables)
+    update = fused_optimizer.fused_update(optimizer)
+    fuse = fuse and (not xla or fused_optimizer.is_for_xla(optimizer))
+    around = fused_optimizer.fused(optimizer, update) if fuse else contextlib.nullcontext()
+
+    def step(rows, some, dense):
+        table = tf.IndexedSlices(rows, some, tf.constant(shape))
+        optimizer.apply([table, dense])
+
+    with around:
+        step = tf.function(step, jit_compile=xla)
+        for _ in range(steps):
+            scale = 10.0 ** random.uniform(-3, 1)
+            some = random.integers(0, shape[0] - 1, 7).astype("int32")
+            rows, dense = scale * random.normal(size=(7, *shape[1:])), scale * random.normal(size=shape)
+            step(tf.constant(rows, tf.float32), tf.constant(some), tf.constant(dense, tf.float32))
+    state = [np.asarray(v.numpy(), "float64") for v in [*variables, *optimizer.variables]]
+    return state, [start, start, *(np.zeros_like(a) for a in state[2:])]
+
+
+@pytest.mark.parametrize("name", list(FUSED))
+def test_every_optimizer_trains_inside_xla(name):
+    def train(**choices):
+        accelerator = tfaccel.Accelerator("one_device", "float32", **choices)
+        with accelerator.scope():
+            keras.utils.set_random_seed(0)
+            layers = [keras.layers.Embedding(20, 4), keras.layers.Flatten(), keras.layers.Dense(3)]
+            model = keras.Sequential([keras.Input((5,), dtype="int32"), *layers])
+            model.compile(FUSED[name](), "mse", **accelerator.compile_options())
+        words = np.random.default_rng(0).integers(0, 9, (32, 5)).astype("int32")
+        model.fit(words, np.ones((32, 3), "float32"), batch_size=8, epochs=2, shuffle=False, verbose=0)
+        return [np.asarray(v, "float64") for v in [*model.get_weights(), *model.optimizer.variables]]
+
+    plain = train(kernels="plain", jit=True)
+    before = [np.zeros_like(a) for a in plain]
+    # Eight steps: each begins where rounding left the one before.
+    assert worst_disagreement(plain, train(kernels="fused", jit=True), before, 8 * TOLERANCE) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "xla"), [*((name, False) for name in OPTIONS), ("none", True), ("accumulation", True)]
+)
+@pytest.mark.parametrize("name", list(ROWS))
+def test_rows_of_an_embedding_agree_with_keras(name, options, xla):
+    plain, before = rows_of_a_table(ROWS[name], OPTIONS[options], False, xla=xla)
+    fused, _ = rows_of_a_table(ROWS[name], OPTIONS[options], True, xla=xla)
+    assert worst_disagreement(plain, fused, before, TOLERANCE) <= 1
+
+
+def test_rows_agree_with_the_formula():
+    random = np.random.default_rng(1)
+    start = random.normal(size=(5, 2))
+    m, v, weights = np.zeros((5, 2)), np.zeros((5, 2)), start.copy()
+    table = keras.Variable(start, dtype="float32")
+    adam = optimizers.Adam(0.01)
+    adam.build([table])
+    with fused_optimizer.fused(adam, fused_optimizer.fused_update(adam)):
+        for step in range(1, 5):
+            some, rows = random.integers(0, 4, 6), random.normal(size=(6, 2))
+            total, squares = np.zeros((5, 2)), np.zeros((5, 2))
+            np.add.at(total, some, rows)
+            np.add.at(squares, some, rows**2)
+            m, v = 0.9 * m + 0.1 * total, 0.999 * v + 0.001 * squares
+            weights -= 0.01 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step) * m / (np.sqrt(v) + 1e-7)
+            gradient = tf.IndexedSlices(tf.constant(rows, tf.float32), tf.constant(some), tf.constant([5, 2]))
+            adam.apply([gradient])
+    assert worst_disagreement([weights], [table.numpy()], [start], TOLERANCE) <= 1
+    np.testing.assert_array_equal(table.numpy()[4], start.astype("float32")[4])  # never came
 
 
 def test_nothing_stays_on_the_optimizer_after_an_exception():

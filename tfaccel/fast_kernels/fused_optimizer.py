@@ -5,11 +5,15 @@ with its own pass over memory and its own scheduling. TensorFlow still has the f
 They are called here on the user's own optimizer object and its own slot variables, in place of
 `optimizer.update_step` only; so clipping, weight decay, EMA, accumulation, loss scaling, constraints,
 `iterations`, `get_config` and saving stay what they are. RMSprop without momentum takes the op with one,
-which is given memory of its own to write to: one number a weight. Keras's own update is used for sparse
-gradients, for variables that are not float32, and for optimizers without such an op (Adagrad, Nadam, Lion,
-Lamb: TensorFlow's adds epsilon at another place, or there is none). For those, one flat update of all weights
-together was tried: 1.2, 1.6 and 2.7 × the time of Keras's own for Nadam, Lion and Adagrad on a network of 20
-weights, because putting them together and apart costs more than the operations that are saved.
+which is given memory of its own to write to: one number a weight. Adam has an update for the rows of an
+embedding, too: Keras makes two dense tables of such a gradient, and some thirty passes over memory of that
+size; here the rows are added to the slots where they are, and one op does the rest.
+
+Keras's own update is used for the other optimizers' sparse gradients, for variables that are not float32, and
+for optimizers without such an op (Adagrad, Nadam, Lion, Lamb: TensorFlow's adds epsilon at another place, or
+there is none). For those, one flat update of all weights together was tried: 1.2, 1.6 and 2.7 × the time of
+Keras's own for Nadam, Lion and Adagrad on a network of 20 weights, because putting them together and apart
+costs more than the operations that are saved.
 
 Measured by `benchmarks/step_time.py`.
 """
@@ -26,32 +30,64 @@ import numpy as np
 import tensorflow as tf
 
 from tfaccel.fast_kernels.agreement import EPSILON, UNITS, worst_disagreement
+from tfaccel.fast_kernels.placement import step_device
 
 Update = Callable[[Any, Any, tf.Variable, Any], None]
+LEAST_DECAY = 0.5
 
 
-def _adam(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+def _adam(
+    optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any, decay_slots: bool = True
+) -> None:
     """Kingma & Ba (2015), https://arxiv.org/abs/1412.6980, in the order of section 2's last paragraph."""
     number = functools.partial(tf.cast, dtype=variable.dtype)
     step = number(optimizer.iterations) + 1
     beta_1, beta_2 = number(optimizer.beta_1), number(optimizer.beta_2)
+    decays = (beta_1, beta_2) if decay_slots else (number(1.0), number(1.0))
     arguments = {
         "var": variable.handle,
-        "m": _slot(optimizer, "_momentums", variable),
-        "v": _slot(optimizer, "_velocities", variable),
+        "m": _slot(optimizer, "_momentums", variable).handle,
+        "v": _slot(optimizer, "_velocities", variable).handle,
         "beta1_power": beta_1**step,
         "beta2_power": beta_2**step,
         "lr": number(learning_rate),
-        "beta1": beta_1,
-        "beta2": beta_2,
+        "beta1": decays[0],
+        "beta2": decays[1],
         "epsilon": number(optimizer.epsilon),
         "grad": gradient,
     }
     if optimizer.amsgrad:
-        vhat = _slot(optimizer, "_velocity_hats", variable)
+        vhat = _slot(optimizer, "_velocity_hats", variable).handle
         tf.raw_ops.ResourceApplyAdamWithAmsgrad(vhat=vhat, **arguments)
     else:
         tf.raw_ops.ResourceApplyAdam(**arguments)
+
+
+def _adam_of_rows(
+    optimizer: Any, gradient: tf.IndexedSlices, variable: tf.Variable, learning_rate: Any
+) -> None:
+    """Adam for a gradient of some rows, each as often as it comes; the slots of the others decay, too.
+
+    As in Keras the squares of a row's parts are summed, where a dense gradient has the square of their sum.
+    """
+    number = functools.partial(tf.cast, dtype=variable.dtype)
+    rows = number(gradient.values)
+    changes = {
+        "_momentums": (optimizer.beta_1, rows),
+        "_velocities": (optimizer.beta_2, tf.square(rows)),
+    }
+    # The op makes `β·slot` of a slot where the gradient is zero: what comes is divided by β before that. It
+    # does so by a difference, which is exact enough where β is known, and not small.
+    decays_in_op = all(isinstance(beta, float) and beta >= LEAST_DECAY for beta, _ in changes.values())
+    for name, (beta, change) in changes.items():
+        slot, share = _slot(optimizer, name, variable), number(1 - beta)
+        if decays_in_op:
+            share /= number(beta)
+        else:
+            slot.assign(slot * number(beta))
+        slot.scatter_add(tf.IndexedSlices(change * share, gradient.indices))
+    nothing = tf.zeros(variable.shape, variable.dtype)
+    _adam(optimizer, nothing, variable, learning_rate, decays_in_op)
 
 
 def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
@@ -64,7 +100,7 @@ def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: An
         return
     tf.raw_ops.ResourceApplyKerasMomentum(
         var=variable.handle,
-        accum=_slot(optimizer, "momentums", variable),
+        accum=_slot(optimizer, "momentums", variable).handle,
         lr=number(learning_rate),
         grad=gradient,
         # A schedule may cycle it: then it is a tensor that poses as a float.
@@ -80,8 +116,8 @@ def _rmsprop(
     number = functools.partial(tf.cast, dtype=variable.dtype)
     arguments = {
         "var": variable.handle,
-        "ms": _slot(optimizer, "_velocities", variable),
-        "mom": _slot(optimizer, "_momentums", variable) if momentum is None else momentum.handle,
+        "ms": _slot(optimizer, "_velocities", variable).handle,
+        "mom": _slot(optimizer, "_momentums", variable).handle if momentum is None else momentum.handle,
         "lr": number(learning_rate),
         "rho": number(optimizer.rho),
         "momentum": number(optimizer.momentum),
@@ -90,7 +126,7 @@ def _rmsprop(
     }
     if optimizer.centered:
         tf.raw_ops.ResourceApplyCenteredRMSProp(
-            mg=_slot(optimizer, "_average_gradients", variable), **arguments
+            mg=_slot(optimizer, "_average_gradients", variable).handle, **arguments
         )
     else:
         tf.raw_ops.ResourceApplyRMSProp(**arguments)
@@ -127,8 +163,8 @@ def _adamax(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate:
     beta_1 = number(optimizer.beta_1)
     tf.raw_ops.ResourceApplyAdaMax(
         var=variable.handle,
-        m=_slot(optimizer, "_m", variable),
-        v=_slot(optimizer, "_u", variable),
+        m=_slot(optimizer, "_m", variable).handle,
+        v=_slot(optimizer, "_u", variable).handle,
         beta1_power=beta_1 ** (number(optimizer.iterations) + 1),
         lr=number(learning_rate),
         beta1=beta_1,
@@ -143,8 +179,8 @@ def _adadelta(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rat
     number = functools.partial(tf.cast, dtype=variable.dtype)
     tf.raw_ops.ResourceApplyAdadelta(
         var=variable.handle,
-        accum=_slot(optimizer, "_accumulated_grads", variable),
-        accum_update=_slot(optimizer, "_accumulated_delta_vars", variable),
+        accum=_slot(optimizer, "_accumulated_grads", variable).handle,
+        accum_update=_slot(optimizer, "_accumulated_delta_vars", variable).handle,
         lr=number(learning_rate),
         rho=number(optimizer.rho),
         epsilon=number(optimizer.epsilon),
@@ -160,6 +196,8 @@ UPDATES: dict[Any, Update] = {
     keras.optimizers.Adamax.update_step: _adamax,
     keras.optimizers.Adadelta.update_step: _adadelta,
 }
+# For gradients of some rows; where there is none, Keras's own is used.
+UPDATES_OF_ROWS: dict[Any, Update] = {_adam: _adam_of_rows}
 # What the updates read of an optimizer, and whose update they stand for.
 SETTINGS: dict[Update, tuple[type, tuple[str, ...]]] = {
     _adam: (keras.optimizers.Adam, ("beta_1", "beta_2", "epsilon", "amsgrad")),
@@ -168,6 +206,11 @@ SETTINGS: dict[Update, tuple[type, tuple[str, ...]]] = {
     _adamax: (keras.optimizers.Adamax, ("beta_1", "beta_2", "epsilon")),
     _adadelta: (keras.optimizers.Adadelta, ("rho", "epsilon")),
 }
+
+
+def is_for_xla(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether XLA knows the op of an optimizer. Not with `amsgrad`: it fuses Keras's own update by itself."""
+    return not getattr(optimizer, "amsgrad", False)
 
 
 def fused_update(optimizer: keras.optimizers.Optimizer) -> Update | str:
@@ -195,14 +238,15 @@ def fused(optimizer: keras.optimizers.Optimizer, update: Update) -> Iterator[Non
         optimizer: The user's own; nothing stays on it.
         update: What `fused_update` gave.
     """
-    original = optimizer.update_step
+    original, of_rows = optimizer.update_step, UPDATES_OF_ROWS.get(update)
 
     def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
-        dense = isinstance(gradient, tf.Tensor)
-        if not dense or variable.dtype != tf.float32:
+        if isinstance(gradient, tf.Tensor) and variable.dtype == tf.float32:
+            update(optimizer, tf.cast(gradient, variable.dtype), variable, learning_rate)
+        elif isinstance(gradient, tf.IndexedSlices) and of_rows and variable.dtype == tf.float32:
+            of_rows(optimizer, gradient, variable, learning_rate)
+        else:
             original(gradient, variable, learning_rate)
-            return
-        update(optimizer, tf.cast(gradient, variable.dtype), variable, learning_rate)
 
     optimizer.update_step = update_step
     try:
@@ -213,6 +257,8 @@ def fused(optimizer: keras.optimizers.Optimizer, update: Update) -> Iterator[Non
 
 def probe(optimizer: keras.optimizers.Optimizer, update: Update, steps: int = 3) -> float:
     """Runs Keras's update and a fused one on two small optimizers; how far they lie apart.
+
+    One of two weights gets its gradients as rows, where there is an update for those.
 
     Args:
         optimizer: Whose settings are tried; it is not touched.
@@ -226,20 +272,23 @@ def probe(optimizer: keras.optimizers.Optimizer, update: Update, steps: int = 3)
     # A rate of 1, so that the change is not lost in the rounding of the weights.
     settings = {"learning_rate": 1.0, **{name: getattr(optimizer, name) for name in names}}
     random = np.random.default_rng(0)
-    start = random.normal(size=64).astype("float32")
+    start = random.normal(size=(16, 4)).astype("float32")
     sizes = 10.0 ** random.uniform(-4, 1, steps)
-    gradients = [(size * random.normal(size=64)).astype("float32") for size in sizes]
+    gradients = [(size * random.normal(size=(16, 4))).astype("float32") for size in sizes]
+    rows = random.integers(0, 8, (steps, 16))  # some come several times, others never
+    weights = 2 if update in UPDATES_OF_ROWS else 1
     states = []
     for fuse in (False, True):
-        with tf.device("CPU:0"):
-            variable = keras.Variable(start, dtype="float32", name="probe")
+        with tf.device(step_device()):
+            variables = [keras.Variable(start, dtype="float32", name="probe") for _ in range(weights)]
             twin = base(**settings)
-            twin.build([variable])
+            twin.build(variables)
             with fused(twin, update) if fuse else contextlib.nullcontext():
-                for gradient in gradients:
-                    twin.apply([tf.constant(gradient)])
-            states.append([v.numpy() for v in [variable, *twin.variables]])
-    before = [start, *(np.zeros_like(a) for a in states[0][1:])]
+                for gradient, some in zip(gradients, rows, strict=True):
+                    table = tf.IndexedSlices(tf.constant(gradient), tf.constant(some), tf.constant([16, 4]))
+                    twin.apply([tf.constant(gradient), table][:weights])
+            states.append([v.numpy() for v in [*variables, *twin.variables]])
+    before = [*[start] * weights, *(np.zeros_like(a) for a in states[0][weights:])]
     return worst_disagreement(states[0], states[1], before, _tolerance(optimizer))
 
 
@@ -251,5 +300,5 @@ def _tolerance(optimizer: keras.optimizers.Optimizer) -> float:
     )
 
 
-def _slot(optimizer: Any, name: str, variable: tf.Variable) -> tf.Tensor:
-    return getattr(optimizer, name)[optimizer._get_variable_index(variable)].value.handle
+def _slot(optimizer: Any, name: str, variable: tf.Variable) -> tf.Variable:
+    return getattr(optimizer, name)[optimizer._get_variable_index(variable)].value

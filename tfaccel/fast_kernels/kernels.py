@@ -264,7 +264,7 @@ class Kernels:
         step = getattr(model, f"{kind}_step")
 
         def fused_step(data: Any) -> Any:
-            with self._proofs.updating(), self._proofs.tracing(way), on_one_replica():
+            with self._proofs.updating(way), self._proofs.tracing(way), on_one_replica():
                 return step(data)
 
         return OneDeviceStep(model._autoconvert_optionals(fused_step))

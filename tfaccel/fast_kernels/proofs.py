@@ -162,9 +162,9 @@ class Proofs:
             self._report["recurrent"] = f"Keras's own loop or XLA for the whole: {left}"
         return not all(reasons.values())
 
-    def updating(self) -> contextlib.AbstractContextManager[None]:
+    def updating(self, way: Way = Way.PLAIN) -> contextlib.AbstractContextManager[None]:
         """Lets the optimizer use the fused update, if it agreed, while a step is traced, in any thread."""
-        if callable(self._update):
+        if callable(self._update) and (way is not Way.LOOP or fused_optimizer.is_for_xla(self._optimizer)):
             return fused_optimizer.fused(self._optimizer, self._update)
         return contextlib.nullcontext()
 
