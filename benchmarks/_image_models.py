@@ -43,7 +43,7 @@ def _data(name: str) -> str:
 def train(name: str, data: dict[str, np.ndarray]) -> keras.Model:
     """One-cycle AdamW on flipped and shifted images."""
     keras.utils.set_random_seed(0)
-    accelerator = tfaccel.Accelerator()
+    accelerator = tfaccel.Accelerator(precision="float32")
     with accelerator.scope():
         model = build(name)
         _compile(model, accelerator)
@@ -66,7 +66,7 @@ def train_on(
 ) -> None:
     """The same again for a net that is trained, with more callbacks."""
     keras.utils.set_random_seed(seed)
-    accelerator = tfaccel.Accelerator()
+    accelerator = tfaccel.Accelerator(precision="float32")
     accelerator.adopt(model)
     with accelerator.scope():
         _compile(model, accelerator)
@@ -84,12 +84,18 @@ def _compile(model: keras.Model, accelerator: tfaccel.Accelerator) -> None:
 
 
 def _batches(data: dict[str, np.ndarray], seed: int) -> tf.data.Dataset:
-    labels = keras.utils.to_categorical(data["y_train"], 10)
+    with tf.device("CPU:0"):
+        images = tf.constant(data["x_train"])
+        labels = tf.constant(keras.utils.to_categorical(data["y_train"], 10))
+
+    def cut(rows):
+        return _shift_and_flip(tf.gather(images, rows), tf.gather(labels, rows))
+
     return (
-        tf.data.Dataset.from_tensor_slices((data["x_train"], labels))
+        tf.data.Dataset.range(len(images))
         .shuffle(50_000, seed=seed)
         .batch(128, drop_remainder=True)
-        .map(_shift_and_flip, num_parallel_calls=2)
+        .map(cut, num_parallel_calls=2)
         .prefetch(4)
     )
 

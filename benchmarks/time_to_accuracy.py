@@ -39,11 +39,14 @@ from tfaccel.demo.training import (
 SETTINGS = {
     "fashion_mnist": {"epochs": 5, "batch_size": 128, "max_learning_rate": 8e-3, "warmup": 0.25},
     "cifar10": {"epochs": 4, "batch_size": 128, "max_learning_rate": 1e-2, "warmup": 0.3},
-    "imdb": {"epochs": 4, "batch_size": 64, "max_learning_rate": 5e-3, "warmup": 0.3},
+    "imdb": {"epochs": 4, "batch_size": 256, "max_learning_rate": 2e-2, "warmup": 0.3},
 }
 PLAIN_EPOCHS = {"fashion_mnist": 10, "cifar10": 10, "imdb": 10}
 GRID = {"learning_rate": (1e-3, 3e-3, 8e-3), "batch_size": (64, 128)}
-GRIDS = {"cifar10": {"learning_rate": (3e-3, 8e-3), "batch_size": (128,)}}  # smaller: it takes so long
+GRIDS = {
+    "cifar10": {"learning_rate": (3e-3, 8e-3), "batch_size": (128,)},  # smaller: it takes so long
+    "imdb": {"learning_rate": (3e-3, 8e-3, 2e-2), "batch_size": (64, 128, 256)},  # it takes high rates
+}
 GRID_SEED = 100
 WAYS = ("plain", "by_hand", "defaults", "tuned", "found")
 BUDGET_S = 40  # of tune
