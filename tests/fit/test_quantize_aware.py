@@ -8,6 +8,7 @@ from distribution_cells import mirrored
 from small_fits import Interrupt, fit, fit_under, kernels
 
 import tfaccel
+from tfaccel.export.interpreter import open_with_all_tensors
 from tfaccel.fit._rounded_weights import on_grid
 
 
@@ -180,15 +181,35 @@ def test_recurrent_attention_and_depthwise_layers():
     assert checked == 4
 
 
-def test_it_keeps_zeros_and_clusters(helpers, small):
+@pytest.mark.parametrize(
+    ("scope", "bits", "one_grid"), [("layer", 8, True), ("layer", 4, False), ("channel", 8, False)]
+)
+def test_it_keeps_zeros_and_clusters(helpers, small, scope, bits, one_grid):
     model, _ = fit(helpers, small, [tfaccel.PruneWeights(0.7)])
     zeros = kernels(model)[1] == 0
-    chain = [tfaccel.ClusterWeights(16), tfaccel.QuantizeAware(8)]
+    chain = [tfaccel.ClusterWeights(16, scope=scope), tfaccel.QuantizeAware(bits)]
     model.fit(*small, batch_size=24, epochs=2, verbose=0, callbacks=chain)
     head = kernels(model)[1]
     np.testing.assert_array_equal(head[zeros], 0)
     assert max(len(np.unique(column)) for column in head.T) <= 16
-    assert off_grid(head, 8) < 1e-3
+    # What all channels share stays one value in all of them.
+    assert (len(np.unique(head)) <= 16) == one_grid
+    assert off_grid(head.reshape(-1, 1) if one_grid else head, bits) < 1e-3
+
+
+def test_shared_values_stay_so_in_the_file(helpers, small, tmp_path):
+    chain = [tfaccel.ClusterWeights(16), tfaccel.QuantizeAware(8)]
+    model, _ = fit(helpers, small, chain, epochs=3)
+    file = tfaccel.export_tflite(model, tmp_path / "m.tflite", "int8")
+    interpreter = open_with_all_tensors((tmp_path / "m.tflite").read_bytes())
+    (head,) = [
+        interpreter.get_tensor(each["index"])
+        for each in interpreter.get_tensor_details()
+        if list(each["shape"]) == [10, 100] and each["dtype"] is np.int8
+    ]
+    kernel = kernels(model)[1]
+    np.testing.assert_array_equal(head.T, np.round(127 * kernel / np.abs(kernel).max()))
+    assert file.parity.sqnr_db > 30
 
 
 def test_the_file_has_the_weights_exactly(helpers, small, tmp_path):

@@ -12,14 +12,11 @@ Transformers", https://arxiv.org/abs/2210.17323, algorithm 1.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import tensorflow as tf
 
 from tfaccel.export.interpreter import open_with_all_tensors
+from tfaccel.export.layers import Layer, layers_of
 from tfaccel.export.quantization import Ranges
 from tfaccel.export.samples import Samples
 
@@ -57,7 +54,7 @@ def best_scales(weights: np.ndarray, bits: int, importance: np.ndarray | None = 
 
 
 def round_with_inputs(weights: np.ndarray, scales: np.ndarray, bits: int, products: np.ndarray) -> np.ndarray:
-    """Rounded weights, as floats on the grid of their channel.
+    """Rounded weights, as floats on the grid of their channel; zeros, which pruning may have made, stay.
 
     Args:
         weights: Of shape `(channels, K)`.
@@ -69,12 +66,13 @@ def round_with_inputs(weights: np.ndarray, scales: np.ndarray, bits: int, produc
     order = np.argsort(-np.diag(products), kind="stable")  # what matters most is rounded first
     left = weights[:, order].astype(np.float64)
     factor = _inverse_factor(products[np.ix_(order, order)])
-    rounded = np.empty_like(left)
+    rounded, gone = np.empty_like(left), left == 0.0
     for start in range(0, left.shape[1], COLUMNS):
         stop = min(start + COLUMNS, left.shape[1])
         errors = np.empty((len(left), stop - start))
         for k in range(start, stop):
             rounded[:, k] = np.clip(np.round(left[:, k] / scales[:, 0]), -top, top) * scales[:, 0]
+            rounded[gone[:, k], k] = 0.0
             errors[:, k - start] = (left[:, k] - rounded[:, k]) / factor[k, k]
             left[:, k + 1 : stop] -= np.outer(errors[:, k - start], factor[k, k + 1 : stop])
         left[:, stop:] -= errors @ factor[start:stop, stop:]
@@ -120,7 +118,7 @@ class Rounder:
         from ai_edge_litert.tools import flatbuffer_utils
 
         file = flatbuffer_utils.read_model_from_bytearray(bytearray(self._content))
-        layers = [layer for layer in _layers(file, flatbuffer_utils) if layer.output in bits]
+        layers = [layer for layer in layers_of(file) if layer.output in bits]
         self._measure([layer for layer in layers if layer.name not in self._products])
         ranges: Ranges = {}
         done: dict[int, int] = {}
@@ -136,7 +134,7 @@ class Rounder:
             ranges[layer.name] = {"min": -edge, "max": edge}
         return bytes(flatbuffer_utils.convert_object_to_bytearray(file)), ranges
 
-    def _round(self, layer: _Layer, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    def _round(self, layer: Layer, bits: int) -> tuple[np.ndarray, np.ndarray]:
         if (layer.name, bits) not in self._rounded:
             weights = layer.weights.reshape(layer.shape[0], -1)
             products = self._products[layer.name]
@@ -152,7 +150,7 @@ class Rounder:
             )
         return self._rounded[layer.name, bits]
 
-    def _measure(self, layers: list[_Layer]) -> None:
+    def _measure(self, layers: list[Layer]) -> None:
         """Sums the products of each layer's inputs with one another."""
         if not layers:
             return
@@ -181,41 +179,7 @@ def _spans(inputs: int) -> list[slice]:
     return [slice(start, min(start + size, inputs)) for start in range(0, inputs, size)]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """A convolution or a dense layer of a file: `weights` are those of `name`, in `buffer`."""
-
-    name: str
-    input: str
-    output: str
-    buffer: int
-    shape: tuple[int, ...]
-    weights: np.ndarray
-    options: Any
-
-
-def _layers(file: Any, utils: Any) -> Iterator[_Layer]:
-    graph = file.subgraphs[0]
-    for each in graph.operators:
-        code = file.operatorCodes[each.opcodeIndex].builtinCode
-        if code not in (utils.BuiltinOperator.CONV_2D, utils.BuiltinOperator.FULLY_CONNECTED):
-            continue
-        read, kernel, made = (graph.tensors[i] for i in (*each.inputs[:2], each.outputs[0]))
-        data = file.buffers[kernel.buffer].data
-        if data is None:
-            continue
-        yield _Layer(
-            kernel.name.decode(),
-            read.name.decode(),
-            made.name.decode(),
-            kernel.buffer,
-            tuple(int(size) for size in kernel.shape),
-            np.frombuffer(bytes(bytearray(data)), "<f4").astype(np.float32),
-            each.builtinOptions,
-        )
-
-
-def _rows(inputs: np.ndarray, layer: _Layer) -> np.ndarray:
+def _rows(inputs: np.ndarray, layer: Layer) -> np.ndarray:
     """The inputs as rows that the weights of a unit are multiplied with."""
     if len(layer.shape) == 2:
         return inputs.reshape(-1, layer.shape[1])

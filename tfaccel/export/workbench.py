@@ -13,6 +13,7 @@ from tfaccel.export.compare import Parity, compare_with
 from tfaccel.export.conversion import Converted, convert_model
 from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
+from tfaccel.export.layers import read_layers
 from tfaccel.export.quantization import (
     Ranges,
     bits_to_round,
@@ -25,6 +26,7 @@ from tfaccel.export.rounding import Rounder
 from tfaccel.export.samples import Samples, spread_indices
 from tfaccel.export.scoring import Score, Scorer
 from tfaccel.export.serving import ServingFunction
+from tfaccel.export.shared_values import shared_ranges
 from tfaccel.learned_ranges import LearnedRanges
 
 
@@ -111,9 +113,15 @@ class Workbench:
         ranges = self._ranges if recipe.needs_calibration else None
         content = float_file.content
         bits = bits_to_round(recipe, float_file.operations, chosen)
-        if bits and not self.samples.made_up:
-            content, grids = self._rounder(recipe.needs_calibration).apply(bits)
-            ranges = {**(ranges or {}), **grids}
+        layers = read_layers(content) if bits else []
+        shared = shared_ranges(self.model, layers, bits)
+        kept = {each.output for each in layers if each.name in shared}
+        others = {output: number for output, number in bits.items() if output not in kept}
+        grids: Ranges = {}
+        if others and not self.samples.made_up:
+            content, grids = self._rounder(recipe.needs_calibration).apply(others)
+        if shared or grids:
+            ranges = {**(ranges or {}), **grids, **shared}
         return quantize(content, recipe, float_file.operations, ranges, chosen)
 
     def _rounder(self, fixed_ranges: bool) -> Rounder:

@@ -44,11 +44,12 @@ class RoundedWeight:
     Args:
         choice: The weight.
         bits: It is read with.
+        shared: Whether its channels share values: then they share a scale, or one value would become several.
     """
 
-    def __init__(self, choice: Choice, bits: int):
+    def __init__(self, choice: Choice, bits: int, shared: bool = False):
         self.variable, self.bits = choice.variable, bits
-        self.axes = channel_axes(choice.layer, choice.variable)
+        self.axes = [] if shared else channel_axes(choice.layer, choice.variable)
         self._plain = plain = type(choice.variable)
         axes = self.axes
 

@@ -144,6 +144,10 @@ class ClusterWeights(keras.callbacks.Callback):
                     "that were trained. Train first, or pass a later begin_epoch."
                 )
 
+    def shared_by_channels(self) -> list[keras.Variable]:
+        """The weights that have one set of values for all their channels, in the fit that has begun."""
+        return [each.variable for each in self._chosen] if self.scope == "layer" else []
+
     def _prunes_before(self) -> bool:
         """Whether the same fit prunes, so that there will be a cluster of zeros."""
         others = siblings(self)

@@ -38,7 +38,9 @@ from tfaccel.fit._choice import (
 from tfaccel.fit._rounded_weights import RoundedWeight, read_rounded
 from tfaccel.fit._run import check_begin_epoch, check_order
 from tfaccel.fit._session import Attachment, detach_leftovers
+from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, compression_report
+from tfaccel.keras_fixes.callback_siblings import siblings
 from tfaccel.keras_fixes.inner_layers import inner_layers
 from tfaccel.learned_ranges import find_rounded_tensors, remember
 
@@ -52,7 +54,9 @@ class QuantizeAware(keras.callbacks.Callback):
     step, so it holds under `steps_per_execution`, XLA, gradient accumulation, mixed precision and every
     strategy; validation sees the rounded model too. Behind the last step nothing of it is left but weights
     on the grid that `export_tflite` gives them. Zeros stay zero, and equal weights of a channel stay equal,
-    so it composes with `PruneWeights` and `ClusterWeights`; list it behind them.
+    so it composes with `PruneWeights` and `ClusterWeights`; list it behind them. Values that `ClusterWeights`
+    shares over a layer in the same fit stay equal in all channels: with eight bits or more such a layer has
+    one grid for all of them.
 
     Activations are rounded where the int8 file has them, which a conversion when `fit` begins tells. Their
     ranges are remembered with the model, and `export_tflite(model, path, "int8")` takes them: it needs no
@@ -169,7 +173,11 @@ class QuantizeAware(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Starts, and freezes, in the first epoch that is not before theirs."""
         if self._attachment is None and epoch >= self.begin_epoch and (self._chosen or self._activations):
-            self._weights = [RoundedWeight(each, self._bits(each)) for each in self._chosen]
+            shared = self._shared()
+            self._weights = [
+                RoundedWeight(each, self._bits(each), shared=id(each.variable) in shared)
+                for each in self._chosen
+            ]
             layers = {id(each.layer): each.layer for each in self._chosen}
             undo = [each.restore for each in self._weights]
             undo += [read_rounded(layer) for layer in layers.values()]
@@ -199,6 +207,15 @@ class QuantizeAware(keras.callbacks.Callback):
         """LiteRT has no depthwise convolution of less than eight bits."""
         named = self.layers is not None
         return choice.amount if named or "depthwise" not in choice.variable.name else max(choice.amount, 8)
+
+    def _shared(self) -> set[int]:
+        """The weights whose channels share values, by `id`: what the same fit clusters by layers.
+
+        With fewer than eight bits a scale for each channel is worth more, here and in the file.
+        """
+        clustering = [each for each in siblings(self) if isinstance(each, ClusterWeights)]
+        shared = {id(variable) for each in clustering for variable in each.shared_by_channels()}
+        return shared & {id(each.variable) for each in self._chosen if self._bits(each) >= 8}
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Rounds the weights, and makes the model a plain one."""
