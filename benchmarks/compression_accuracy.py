@@ -56,6 +56,10 @@ ROWS = {
         [tfaccel.PruneWeights(0.91, scope="global")],
         [tfaccel.ClusterWeights(16), tfaccel.QuantizeAware(8)],
     ],
+    "chain-pairs": lambda: [
+        [tfaccel.PruneWeights(0.865, scope="global", pattern="2x1")],
+        [tfaccel.ClusterWeights(16), tfaccel.QuantizeAware(8)],
+    ],
 }
 MODELS = (*_image_models.NAMES, "plain")
 

@@ -38,4 +38,10 @@ def free_gpu_memory_bytes() -> float | None:
     """What the first GPU has left of its memory, as far as this process knows; None without a GPU."""
     gpus = tf.config.list_logical_devices("GPU")
     total = gpu_memory_bytes() if gpus else None
-    return None if total is None else total - tf.config.experimental.get_memory_info(gpus[0].name)["current"]
+    if total is None:
+        return None
+    parts = tf.config.get_logical_device_configuration(tf.config.list_physical_devices("GPU")[0]) or ()
+    limits = [
+        part.memory_limit * 2**20 for part in parts if part.memory_limit
+    ]  # in MB, of `limit_gpu_memory`
+    return min([total, *limits[:1]]) - tf.config.experimental.get_memory_info(gpus[0].name)["current"]

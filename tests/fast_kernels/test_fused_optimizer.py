@@ -185,6 +185,27 @@ def test_rows_of_an_embedding_agree_with_keras(name, options, xla):
     assert worst_disagreement(plain, fused, before, TOLERANCE) <= 1
 
 
+def test_many_rows_sum_in_the_same_order_every_time():
+    """TensorFlow adds so many rows to a variable on several threads, in any order."""
+
+    def table():
+        random = np.random.default_rng(0)
+        table = keras.Variable(random.normal(size=(500, 8)), dtype="float32")
+        adam = optimizers.Adam(0.01)
+        adam.build([table])
+        rows = tf.constant(random.normal(size=(20_000, 8)), tf.float32)
+        where = tf.constant(random.integers(0, 500, 20_000))
+        with fused_optimizer.fused(adam, fused_optimizer.fused_update(adam)):
+            step = tf.function(lambda: adam.apply([tf.IndexedSlices(rows, where, tf.constant([500, 8]))]))
+            for _ in range(3):
+                step()
+        return table.numpy()
+
+    first = table()
+    for _ in range(8):
+        np.testing.assert_array_equal(table(), first)
+
+
 def test_rows_agree_with_the_formula():
     random = np.random.default_rng(1)
     start = random.normal(size=(5, 2))

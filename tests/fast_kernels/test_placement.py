@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfaccel
+from tfaccel import free_memory
 from tfaccel.fast_kernels import placement, resident, trial
 
 
@@ -71,7 +72,7 @@ def test_a_run_over_data_on_the_gpu_is_the_same_bit_for_bit(options, request):
         np.testing.assert_array_equal(a, b)
     # The rows went over once for the whole run, and an order for each of three epochs.
     assert sizes.count(("int64", 70 * 5)) == 1
-    assert sizes.count(("uint8", 70 * 4)) == 1
+    assert sizes.count(("float16", 70 * 4)) == 1
     assert sizes.count(("float64", 70 * 3)) == 1
     assert sizes.count(("int64", 70)) == 1 + 3
 
@@ -88,20 +89,20 @@ def test_data_go_over_once_for_several_fits(gpu):
     assert gpu.count(("float32", 128)) == 1
 
 
-SIZE = 70 * (5 * 8 + 4 * 1 + 3 * 8 + 8)  # of `words()` there: int32 becomes int64
+SIZE = 70 * (5 * 8 + 4 * 2 + 3 * 8 + 8)  # of `words()` there: int32 becomes int64, uint8 float16
 
 
 @pytest.mark.parametrize("free", [None, SIZE / resident.MEMORY_FRACTION - 1])
 def test_data_that_take_too_much_of_the_gpu_stay_in_the_hosts_memory(gpu, monkeypatch, free):
     monkeypatch.setattr(resident, "free_gpu_memory_bytes", lambda: free)
     train()
-    assert ("uint8", 70 * 4) not in gpu
+    assert ("float16", 70 * 4) not in gpu
 
 
 def test_data_that_just_fit_go_over(gpu, monkeypatch):
     monkeypatch.setattr(resident, "free_gpu_memory_bytes", lambda: SIZE / resident.MEMORY_FRACTION)
     train()
-    assert ("uint8", 70 * 4) in gpu
+    assert ("float16", 70 * 4) in gpu
 
 
 def test_strings_stay_in_the_hosts_memory(gpu):
@@ -120,10 +121,44 @@ def test_without_a_gpu_nothing_is_moved():
 
 @pytest.mark.parametrize(
     ("dtype", "device", "kept"),
-    [("int32", "GPU:0", "int64"), ("int32", "CPU:0", "int32"), ("uint8", "GPU:0", "uint8")],
+    [("int32", "GPU:0", "int64"), ("int32", "CPU:0", "int32"), ("uint8", "GPU:0", "float16")],
 )
-def test_what_a_device_keeps_int32_as(dtype, device, kept):
+def test_as_what_a_device_keeps_integers(dtype, device, kept):
     assert placement.stored_dtype(tf.as_dtype(dtype), device).name == kept
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+def test_integers_come_back_exactly(dtype):
+    limits = np.iinfo(dtype)
+    some = np.linspace(limits.min, limits.max, 300).astype(dtype)
+    tensor = tf.constant(some)
+    back = tf.cast(placement.put(tensor, "GPU:0"), tensor.dtype)
+    np.testing.assert_array_equal(back.numpy(), some)
+    assert placement.can_keep(tensor.dtype)
+    assert not placement.can_keep(tf.uint64)
+
+
+def test_a_gpu_that_is_full_after_all_leaves_the_data_where_they_are(gpu, monkeypatch):
+    def full(tensor, device):
+        gpu.append("tried")
+        raise tf.errors.ResourceExhaustedError(None, None, "no memory")
+
+    monkeypatch.setattr(resident, "put", full)
+    batches = resident.ResidentBatches((tf.zeros([4]),), 4, 2, False)
+    for _ in range(2):
+        assert batches.on_device(batches.new_order()).batches is batches
+    assert gpu == ["tried"]
+
+
+def test_a_limit_on_the_gpu_counts(monkeypatch):
+    device = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    limit = [tf.config.LogicalDeviceConfiguration(memory_limit=4096)]
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [device])
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [device])
+    monkeypatch.setattr(tf.config, "get_logical_device_configuration", lambda gpu: limit)
+    monkeypatch.setattr(tf.config.experimental, "get_memory_info", lambda name: {"current": 2**20})
+    monkeypatch.setattr(free_memory, "gpu_memory_bytes", lambda: 80 * 2**30)
+    assert free_memory.free_gpu_memory_bytes() == 4 * 2**30 - 2**20
 
 
 def test_convolutions_are_slow_in_xla_on_a_cpu_only(monkeypatch):

@@ -13,7 +13,7 @@ from tfaccel.export.compare import Parity, compare_with
 from tfaccel.export.conversion import Converted, convert_model
 from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
-from tfaccel.export.layers import read_layers
+from tfaccel.export.layers import Layer, read_layers
 from tfaccel.export.quantization import (
     Ranges,
     bits_to_round,
@@ -26,7 +26,7 @@ from tfaccel.export.rounding import Rounder
 from tfaccel.export.samples import Samples, spread_indices
 from tfaccel.export.scoring import Score, Scorer
 from tfaccel.export.serving import ServingFunction
-from tfaccel.export.shared_values import shared_ranges
+from tfaccel.export.shared_values import BITS, shared_kernels, shared_ranges
 from tfaccel.learned_ranges import LearnedRanges
 
 
@@ -85,6 +85,8 @@ class Workbench:
         self._ranges: Ranges | None = None
         self._learned = learned
         self._rounders: dict[bool, Rounder] = {}
+        self._kernels: list[np.ndarray] | None = None
+        self._layers: dict[bool, list[Layer]] = {}
         self._reference: dict[str, np.ndarray] | None = None
 
     def converted(self, fixed_ranges: bool) -> Converted:
@@ -113,9 +115,8 @@ class Workbench:
         ranges = self._ranges if recipe.needs_calibration else None
         content = float_file.content
         bits = bits_to_round(recipe, float_file.operations, chosen)
-        layers = read_layers(content) if bits else []
-        shared = shared_ranges(self.model, layers, bits)
-        kept = {each.output for each in layers if each.name in shared}
+        shared = self._shared_ranges(recipe.needs_calibration, bits)
+        kept = {each.output for each in self._layers.get(recipe.needs_calibration, ()) if each.name in shared}
         others = {output: number for output, number in bits.items() if output not in kept}
         grids: Ranges = {}
         if others and not self.samples.made_up:
@@ -123,6 +124,16 @@ class Workbench:
         if shared or grids:
             ranges = {**(ranges or {}), **grids, **shared}
         return quantize(content, recipe, float_file.operations, ranges, chosen)
+
+    def _shared_ranges(self, fixed_ranges: bool, bits: Mapping[str, int]) -> Ranges:
+        """Those of weights whose channels share values, if there are any."""
+        if BITS not in bits.values():
+            return {}
+        if self._kernels is None:
+            self._kernels = shared_kernels(self.model)
+        if self._kernels and fixed_ranges not in self._layers:
+            self._layers[fixed_ranges] = read_layers(self.converted(fixed_ranges).content)
+        return shared_ranges(self._kernels, self._layers.get(fixed_ranges, ()), bits)
 
     def _rounder(self, fixed_ranges: bool) -> Rounder:
         if fixed_ranges not in self._rounders:

@@ -57,11 +57,11 @@ class CallLength:
 
     def __init__(self, steps: int, grows: bool):
         self.steps = steps
-        self._grows = grows
+        self.grows = grows
 
     def took(self, steps: int, seconds: float) -> None:
         """Notes how long a call took; the first of a program, which compiles, is not noted."""
-        if self._grows and steps == self.steps and seconds < CALL_SECONDS / 2:
+        if self.grows and steps == self.steps and seconds < CALL_SECONDS / 2:
             self.steps = min(2 * steps, MOST_STEPS)
 
 

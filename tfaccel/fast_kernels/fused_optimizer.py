@@ -6,8 +6,7 @@ They are called here on the user's own optimizer object and its own slot variabl
 `optimizer.update_step` only; so clipping, weight decay, EMA, accumulation, loss scaling, constraints,
 `iterations`, `get_config` and saving stay what they are. RMSprop without momentum takes the op with one,
 which is given memory of its own to write to: one number a weight. Adam has an update for the rows of an
-embedding, too: Keras makes two dense tables of such a gradient, and some thirty passes over memory of that
-size; here the rows are added to the slots where they are, and one op does the rest.
+embedding, too: of some thirty passes over memory of the table's size a third is left.
 
 Keras's own update is used for the other optimizers' sparse gradients, for variables that are not float32, and
 for optimizers without such an op (Adagrad, Nadam, Lion, Lamb: TensorFlow's adds epsilon at another place, or
@@ -33,26 +32,28 @@ from tfaccel.fast_kernels.agreement import EPSILON, UNITS, worst_disagreement
 from tfaccel.fast_kernels.placement import step_device
 
 Update = Callable[[Any, Any, tf.Variable, Any], None]
-LEAST_DECAY = 0.5
 
 
-def _adam(
-    optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any, decay_slots: bool = True
-) -> None:
+def _adam(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
     """Kingma & Ba (2015), https://arxiv.org/abs/1412.6980, in the order of section 2's last paragraph."""
+    _apply_adam(optimizer, gradient, variable, learning_rate, optimizer.beta_2)
+
+
+def _apply_adam(
+    optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any, beta_2_of_slot: Any
+) -> None:
     number = functools.partial(tf.cast, dtype=variable.dtype)
     step = number(optimizer.iterations) + 1
-    beta_1, beta_2 = number(optimizer.beta_1), number(optimizer.beta_2)
-    decays = (beta_1, beta_2) if decay_slots else (number(1.0), number(1.0))
+    beta_1 = number(optimizer.beta_1)
     arguments = {
         "var": variable.handle,
         "m": _slot(optimizer, "_momentums", variable).handle,
         "v": _slot(optimizer, "_velocities", variable).handle,
         "beta1_power": beta_1**step,
-        "beta2_power": beta_2**step,
+        "beta2_power": number(optimizer.beta_2) ** step,
         "lr": number(learning_rate),
-        "beta1": decays[0],
-        "beta2": decays[1],
+        "beta1": beta_1,
+        "beta2": number(beta_2_of_slot),
         "epsilon": number(optimizer.epsilon),
         "grad": gradient,
     }
@@ -69,25 +70,17 @@ def _adam_of_rows(
     """Adam for a gradient of some rows, each as often as it comes; the slots of the others decay, too.
 
     As in Keras the squares of a row's parts are summed, where a dense gradient has the square of their sum.
+    So the velocities are made here, and the op, with a decay of 1, leaves them. Sums are by segments: adding
+    to the slots in place would be faster, but TensorFlow does it in an order that differs from run to run.
     """
     number = functools.partial(tf.cast, dtype=variable.dtype)
-    rows = number(gradient.values)
-    changes = {
-        "_momentums": (optimizer.beta_1, rows),
-        "_velocities": (optimizer.beta_2, tf.square(rows)),
-    }
-    # The op makes `β·slot` of a slot where the gradient is zero: what comes is divided by β before that. It
-    # does so by a difference, which is exact enough where β is known, and not small.
-    decays_in_op = all(isinstance(beta, float) and beta >= LEAST_DECAY for beta, _ in changes.values())
-    for name, (beta, change) in changes.items():
-        slot, share = _slot(optimizer, name, variable), number(1 - beta)
-        if decays_in_op:
-            share /= number(beta)
-        else:
-            slot.assign(slot * number(beta))
-        slot.scatter_add(tf.IndexedSlices(change * share, gradient.indices))
-    nothing = tf.zeros(variable.shape, variable.dtype)
-    _adam(optimizer, nothing, variable, learning_rate, decays_in_op)
+    rows, size = number(gradient.values), variable.shape[0]
+    squares = tf.square(rows) * number(1 - optimizer.beta_2)
+    velocities = _slot(optimizer, "_velocities", variable)
+    summed = tf.math.unsorted_segment_sum(squares, gradient.indices, size)
+    velocities.assign(velocities * number(optimizer.beta_2) + summed)
+    table = tf.math.unsorted_segment_sum(rows, gradient.indices, size)
+    _apply_adam(optimizer, table, variable, learning_rate, 1.0)
 
 
 def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:

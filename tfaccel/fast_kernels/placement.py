@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+# As what a GPU keeps numbers that TensorFlow can't pick rows of there. int32 always lies in the host's
+# memory, and is copied for every use; small integers have no kernel. All of these hold every value exactly.
+WIDENED = {
+    tf.int32: tf.int64,
+    tf.uint32: tf.int64,
+    tf.uint8: tf.float16,
+    tf.int8: tf.float16,
+    tf.uint16: tf.float32,
+    tf.int16: tf.float32,
+}
+KEPT = (tf.bool, tf.int64, tf.bfloat16, tf.float16, tf.float32, tf.float64, tf.complex64, tf.complex128)
+
 
 def step_device() -> str:
     """Where TensorFlow puts a step that nobody placed: on the first GPU, or the CPU where there is none."""
@@ -15,16 +27,18 @@ def on_gpu() -> bool:
     return bool(tf.config.list_logical_devices("GPU"))
 
 
-def put(tensor: tf.Tensor, device: str) -> tf.Tensor:
-    """A tensor in the memory of a device, in its `stored_dtype` there."""
-    with tf.device(device):
-        return tf.identity(tf.cast(tensor, stored_dtype(tensor.dtype, device)))
+def can_keep(dtype: tf.DType) -> bool:
+    """Whether a GPU can keep such numbers, and pick rows of them."""
+    return dtype in WIDENED or dtype in KEPT
 
 
 def stored_dtype(dtype: tf.DType, device: str) -> tf.DType:
-    """As what numbers are kept on a device.
+    """As what numbers are kept on a device."""
+    return WIDENED.get(dtype, dtype) if device.startswith("GPU") else dtype
 
-    TensorFlow keeps int32 in the host's memory, whatever the device is, and copies it for every use: for a
-    GPU it is widened to int64.
-    """
-    return tf.int64 if dtype == tf.int32 and device.startswith("GPU") else dtype
+
+def put(tensor: tf.Tensor, device: str) -> tf.Tensor:
+    """A tensor in the memory of a device, in its `stored_dtype` there."""
+    wide = tf.cast(tensor, stored_dtype(tensor.dtype, device))  # on the host, which has every kind
+    with tf.device(device):
+        return tf.identity(wide)

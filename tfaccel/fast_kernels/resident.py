@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.fast_kernels.placement import on_gpu, put, step_device, stored_dtype
+from tfaccel.fast_kernels.placement import can_keep, on_gpu, put, step_device, stored_dtype
 from tfaccel.free_memory import free_gpu_memory_bytes, free_memory_bytes
 
 MEMORY_FRACTION = 0.25  # of the memory that is free: what a copy of the user's arrays may take
@@ -80,7 +80,8 @@ class ResidentBatches:
         self._tensors = tensors
         self._shuffle = shuffle
         self.leaves = [leaf for leaf in keras.tree.flatten(tensors) if leaf is not None]
-        self._placed: list[list[tf.Tensor]] = []  # the leaves in a GPU's memory, once they are there
+        # The leaves in a GPU's memory, or None where they don't go: decided once, also for copies of this.
+        self._placed: list[list[tf.Tensor] | None] = []
 
     def with_transform(self, transform: Callable, key: object) -> ResidentBatches:
         """The same data, each batch changed inside the loop: `transform(*batch)`.
@@ -99,18 +100,27 @@ class ResidentBatches:
         Args:
             order: From `new_order`.
         """
-        if not on_gpu() or not (self._placed or self._fits_gpu()):
+        if not on_gpu():
             return Pass(self, order)
         if not self._placed:
-            self._placed.append([put(leaf, step_device()) for leaf in self.leaves])
+            self._placed.append(self._place() if self._fits_gpu() else None)
+        leaves = self._placed[0]
+        if leaves is None:
+            return Pass(self, order)
         other = copy.copy(self)
-        other.leaves = self._placed[0]
+        other.leaves = leaves
         order = put(order, step_device())
         other.form = self.form.stored_as(other.leaves, order)
         return Pass(other, order)
 
+    def _place(self) -> list[tf.Tensor] | None:
+        try:
+            return [put(leaf, step_device()) for leaf in self.leaves]
+        except tf.errors.ResourceExhaustedError:  # another process has taken what looked free
+            return None
+
     def _fits_gpu(self) -> bool:
-        if any(leaf.dtype == tf.string for leaf in self.leaves):
+        if not all(can_keep(leaf.dtype) for leaf in self.leaves):
             return False
         size = sum(
             leaf.shape.num_elements() * stored_dtype(leaf.dtype, step_device()).size for leaf in self.leaves

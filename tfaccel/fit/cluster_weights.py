@@ -116,6 +116,7 @@ class ClusterWeights(keras.callbacks.Callback):
         self.preserve_sparsity, self.begin_epoch, self.layers = preserve_sparsity, begin_epoch, layers
         self.report: CompressionReport | None = None
         self._updates: WeightUpdates | None = None
+        self._chosen: list[Choice] = []
 
     def set_model(self, model: keras.Model) -> None:
         """Takes off what an interrupted fit left on the model."""
@@ -145,7 +146,7 @@ class ClusterWeights(keras.callbacks.Callback):
                 )
 
     def shared_by_channels(self) -> list[keras.Variable]:
-        """The weights that have one set of values for all their channels, in the fit that has begun."""
+        """The weights that get one set of values for all their channels in the fit that has begun."""
         return [each.variable for each in self._chosen] if self.scope == "layer" else []
 
     def _prunes_before(self) -> bool:

@@ -45,6 +45,7 @@ from tfaccel.keras_fixes.inner_layers import inner_layers
 from tfaccel.learned_ranges import find_rounded_tensors, remember
 
 ARGUMENTS = ("bits", "activation_bits", "ranges", "begin_epoch", "freeze_norms_epoch", "layers")
+ONE_GRID = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D)  # for shared values
 
 
 class QuantizeAware(keras.callbacks.Callback):
@@ -55,8 +56,8 @@ class QuantizeAware(keras.callbacks.Callback):
     strategy; validation sees the rounded model too. Behind the last step nothing of it is left but weights
     on the grid that `export_tflite` gives them. Zeros stay zero, and equal weights of a channel stay equal,
     so it composes with `PruneWeights` and `ClusterWeights`; list it behind them. Values that `ClusterWeights`
-    shares over a layer in the same fit stay equal in all channels: with eight bits or more such a layer has
-    one grid for all of them.
+    shares over a dense layer or a convolution in the same fit stay equal in all channels: with eight bits or
+    more such a layer has one grid for all of them.
 
     Activations are rounded where the int8 file has them, which a conversion when `fit` begins tells. Their
     ranges are remembered with the model, and `export_tflite(model, path, "int8")` takes them: it needs no
@@ -211,11 +212,13 @@ class QuantizeAware(keras.callbacks.Callback):
     def _shared(self) -> set[int]:
         """The weights whose channels share values, by `id`: what the same fit clusters by layers.
 
-        With fewer than eight bits a scale for each channel is worth more, here and in the file.
+        With fewer than eight bits a scale for each channel is worth more, here and in the file; and the file
+        has one for the layer in `ONE_GRID` only.
         """
         clustering = [each for each in siblings(self) if isinstance(each, ClusterWeights)]
         shared = {id(variable) for each in clustering for variable in each.shared_by_channels()}
-        return shared & {id(each.variable) for each in self._chosen if self._bits(each) >= 8}
+        able = [each for each in self._chosen if isinstance(each.layer, ONE_GRID) and self._bits(each) >= 8]
+        return shared & {id(each.variable) for each in able}
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Rounds the weights, and makes the model a plain one."""

@@ -101,9 +101,7 @@ def choose_kernels(requested: str, devices: Devices, strategy: tf.distribute.Str
     if requested == "fused":
         return Choice("fused", "you asked for it; each kernel is used once it agreed with Keras's own", True)
     if devices.kind == "gpu":
-        reason = (
-            'Keras\'s own step; kernels="fused" keeps data and loop on the GPU (README: what was measured)'
-        )
+        reason = 'as Keras has it; on an H100 a step with kernels="fused" took 1/19 to 2/3 of its time'
         return Choice("plain", reason)
     if devices.kind == "tpu":
         return Choice("plain", 'the fused step was not measured on TPUs; kernels="fused" uses it here')
