@@ -183,8 +183,8 @@ def measure(name: str, batch_size: int, workers: dict[str, Worker], options: arg
     }
 
 
-def main() -> None:
-    """Prints one line a row and one summary line."""
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's, or those of a list."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[32, 256], choices=[32, 256])
@@ -196,7 +196,12 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=["float32", "mixed_bfloat16"])
     parser.add_argument("--together", action="store_true", help="all contenders warm up side by side")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Prints one line a row and one summary line."""
+    options = parse_options()
     if options.worker:
         contender, name, batch_size = options.worker
         work(contender, name, int(batch_size), options.steps, options.precision)

@@ -86,7 +86,11 @@ def test_networks_of_step_time_take_their_data(name):
 
 @pytest.mark.slow
 def test_step_time_measures_in_processes_of_their_own():
-    row = load("step_time").measure("mlp", 256, ["tf_plain", "tfaccel"], turns=1)
+    benchmark = load("step_time")
+    options = benchmark.parse_options(
+        ["--contenders", "tf_plain", "tfaccel", "--turns", "1", "--steps", "40"]
+    )
+    row = benchmark.measure("mlp", 256, benchmark.start("mlp", 256, options), options)
     assert row["not_run"] == {}
     assert row["faster_than_plain"] == pytest.approx(
         row["step_ms"]["tf_plain"] / row["step_ms"]["tfaccel"], rel=0.05

@@ -379,7 +379,7 @@ def test_a_file_of_keras_2_is_exported(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_export_leaves_the_older_file(net, tmp_path):
+def test_a_killed_export_leaves_the_older_file_or_a_whole_one(net, tmp_path):
     model, path = tmp_path / "m.keras", tmp_path / "m.tflite"
     net.save(model)
     path.write_bytes(b"older")
@@ -389,4 +389,5 @@ def test_a_killed_export_leaves_the_older_file(net, tmp_path):
         process.wait(3)
     process.kill()
     process.wait()
-    assert path.read_bytes() == b"older"
+    if path.read_bytes() != b"older":  # it had just been done, where the machine is fast
+        assert TFLiteRunner(path).run((np.zeros((1, *net.input_shape[1:]), "float32"),))
