@@ -40,8 +40,7 @@ def free_gpu_memory_bytes() -> float | None:
     total = gpu_memory_bytes() if gpus else None
     if total is None:
         return None
-    parts = tf.config.get_logical_device_configuration(tf.config.list_physical_devices("GPU")[0]) or ()
-    limits = [
-        part.memory_limit * 2**20 for part in parts if part.memory_limit
-    ]  # in MB, of `limit_gpu_memory`
-    return min([total, *limits[:1]]) - tf.config.experimental.get_memory_info(gpus[0].name)["current"]
+    parts = tf.config.get_logical_device_configuration(tf.config.list_physical_devices("GPU")[0])
+    if parts and parts[0].memory_limit:  # in megabytes, as `limit_gpu_memory` sets it
+        total = min(total, parts[0].memory_limit * 2**20)
+    return total - tf.config.experimental.get_memory_info(gpus[0].name)["current"]

@@ -130,9 +130,9 @@ ROWS = {
 }
 
 
-def rows_of_a_table(make, options, fuse, steps=5, shape=(6, 3), xla=False, seed=0):
+def rows_of_a_table(make, options, fuse, xla):
     """State after updates by rows: some come several times, some never, some only in later steps."""
-    random = np.random.default_rng(seed)
+    random, shape = np.random.default_rng(0), (6, 3)
     start = random.normal(size=shape)
     variables = [keras.Variable(start, dtype="float32"), keras.Variable(start, dtype="float32")]
     optimizer = make(**{"learning_rate": 0.01, **options})
@@ -147,7 +147,7 @@ def rows_of_a_table(make, options, fuse, steps=5, shape=(6, 3), xla=False, seed=
 
     with around:
         step = tf.function(step, jit_compile=xla)
-        for _ in range(steps):
+        for _ in range(5):
             scale = 10.0 ** random.uniform(-3, 1)
             some = random.integers(0, shape[0] - 1, 7).astype("int32")
             rows, dense = scale * random.normal(size=(7, *shape[1:])), scale * random.normal(size=shape)

@@ -50,14 +50,14 @@ def build():
     return keras.Model(inputs, layers.Dense(3)(joined))
 
 
-def train(kernels="fused", data=None, **options):
+def train(**options):
     keras.utils.set_random_seed(0)
-    accelerator = tfaccel.Accelerator("one_device", "float32", kernels=kernels)
+    accelerator = tfaccel.Accelerator("one_device", "float32", kernels="fused")
     with accelerator.scope():
         model = build()
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("adam", loss, metrics=["accuracy"], **accelerator.compile_options())
-    dataset = accelerator.dataset(*(data or words()), batch_size=16)
+    dataset = accelerator.dataset(*words(), batch_size=16)
     history = model.fit(dataset, epochs=3, verbose=0, validation_data=words(30), **options)
     return model, history.history
 

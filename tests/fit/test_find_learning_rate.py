@@ -123,7 +123,7 @@ def test_two_replicas_see_what_one_device_sees(helpers, small):
     np.testing.assert_allclose(*found, rtol=1e-3)
 
 
-def test_it_gives_up_where_the_lossexplodes(helpers, small):
+def test_it_gives_up_where_the_loss_explodes(helpers, small):
     curve = tfaccel.find_learning_rate(
         net(helpers, keras.optimizers.SGD(0.1)), small, batch_size=24, highest=1e6, steps=100
     )

@@ -108,19 +108,20 @@ class Rounder:
         self._products: dict[str, list[np.ndarray]] = {}
         self._rounded: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
-    def apply(self, bits: dict[str, int]) -> tuple[bytes, Ranges]:
+    def apply(self, bits: dict[str, int], given: Ranges) -> tuple[bytes, Ranges]:
         """The file with weights on grids, and the ranges of these grids.
 
         Args:
             bits: Of the operations that are to be rounded (convolutions and dense layers are), by the tensor
                 that they make.
+            given: Ranges of weights that have them already, and stay as they are.
         """
         from ai_edge_litert.tools import flatbuffer_utils
 
         file = flatbuffer_utils.read_model_from_bytearray(bytearray(self._content))
-        layers = [layer for layer in layers_of(file) if layer.output in bits]
+        layers = [each for each in layers_of(file) if each.output in bits and each.name not in given]
         self._measure([layer for layer in layers if layer.name not in self._products])
-        ranges: Ranges = {}
+        ranges: Ranges = dict(given)
         done: dict[int, int] = {}
         for layer in layers:
             # Weights that several layers share are rounded for the first one.

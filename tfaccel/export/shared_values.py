@@ -95,7 +95,7 @@ def shared_ranges(
         for kernel in kernels if layer.name not in others else ():
             factors = _channel_factors(weights, kernel)
             if factors is not None:
-                edge = np.abs(kernel).max() * np.where(factors == 0, 1.0, np.abs(factors))
+                edge = np.abs(kernel).max() * np.abs(factors)
                 edge = edge.reshape(-1, *[1] * (len(layer.shape) - 1)).astype(np.float32)
                 ranges[layer.name] = {"min": -edge, "max": edge}
                 break
@@ -103,12 +103,14 @@ def shared_ranges(
 
 
 def _channel_factors(weights: np.ndarray, kernel: np.ndarray) -> np.ndarray | None:
-    """What each row of a kernel was multiplied with to become that of the file; None where it wasn't."""
+    """What each row of a kernel was multiplied with to become that of the file; None where it wasn't.
+
+    Rows that are all zero, which have no scale of their own, have 1.
+    """
     if weights.shape != kernel.shape:
         return None
     factors = (weights * kernel).sum(1) / np.maximum((kernel * kernel).sum(1), 1e-30)
     apart = np.abs(weights - factors[:, None] * kernel).max(1)
     if not (apart <= FOLDED_EXACTLY * np.abs(weights).max(1)).all():
         return None
-    unfolded = np.abs(factors - 1) < UNFOLDED
-    return np.where(unfolded | ~kernel.any(1), 1.0, factors)
+    return np.where((factors == 0) | (np.abs(factors - 1) < UNFOLDED), 1.0, factors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +86,6 @@ class Workbench:
         self._ranges: Ranges | None = None
         self._learned = learned
         self._rounders: dict[bool, Rounder] = {}
-        self._kernels: list[np.ndarray] | None = None
         self._layers: dict[bool, list[Layer]] = {}
         self._reference: dict[str, np.ndarray] | None = None
 
@@ -115,25 +115,24 @@ class Workbench:
         ranges = self._ranges if recipe.needs_calibration else None
         content = float_file.content
         bits = bits_to_round(recipe, float_file.operations, chosen)
-        shared = self._shared_ranges(recipe.needs_calibration, bits)
-        kept = {each.output for each in self._layers.get(recipe.needs_calibration, ()) if each.name in shared}
-        others = {output: number for output, number in bits.items() if output not in kept}
-        grids: Ranges = {}
-        if others and not self.samples.made_up:
-            content, grids = self._rounder(recipe.needs_calibration).apply(others)
-        if shared or grids:
-            ranges = {**(ranges or {}), **grids, **shared}
+        grids = self._shared_ranges(recipe.needs_calibration, bits)
+        if bits and not self.samples.made_up:
+            content, grids = self._rounder(recipe.needs_calibration).apply(bits, grids)
+        if grids:
+            ranges = {**(ranges or {}), **grids}
         return quantize(content, recipe, float_file.operations, ranges, chosen)
 
     def _shared_ranges(self, fixed_ranges: bool, bits: Mapping[str, int]) -> Ranges:
         """Those of weights whose channels share values, if there are any."""
-        if BITS not in bits.values():
+        if BITS not in bits.values() or not self._kernels:
             return {}
-        if self._kernels is None:
-            self._kernels = shared_kernels(self.model)
-        if self._kernels and fixed_ranges not in self._layers:
+        if fixed_ranges not in self._layers:
             self._layers[fixed_ranges] = read_layers(self.converted(fixed_ranges).content)
-        return shared_ranges(self._kernels, self._layers.get(fixed_ranges, ()), bits)
+        return shared_ranges(self._kernels, self._layers[fixed_ranges], bits)
+
+    @functools.cached_property
+    def _kernels(self) -> list[np.ndarray]:
+        return shared_kernels(self.model)
 
     def _rounder(self, fixed_ranges: bool) -> Rounder:
         if fixed_ranges not in self._rounders:

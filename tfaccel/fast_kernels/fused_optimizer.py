@@ -47,8 +47,8 @@ def _apply_adam(
     beta_1 = number(optimizer.beta_1)
     arguments = {
         "var": variable.handle,
-        "m": _slot(optimizer, "_momentums", variable).handle,
-        "v": _slot(optimizer, "_velocities", variable).handle,
+        "m": _slot(optimizer, "_momentums", variable),
+        "v": _slot(optimizer, "_velocities", variable),
         "beta1_power": beta_1**step,
         "beta2_power": number(optimizer.beta_2) ** step,
         "lr": number(learning_rate),
@@ -58,7 +58,7 @@ def _apply_adam(
         "grad": gradient,
     }
     if optimizer.amsgrad:
-        vhat = _slot(optimizer, "_velocity_hats", variable).handle
+        vhat = _slot(optimizer, "_velocity_hats", variable)
         tf.raw_ops.ResourceApplyAdamWithAmsgrad(vhat=vhat, **arguments)
     else:
         tf.raw_ops.ResourceApplyAdam(**arguments)
@@ -74,9 +74,9 @@ def _adam_of_rows(
     to the slots in place would be faster, but TensorFlow does it in an order that differs from run to run.
     """
     number = functools.partial(tf.cast, dtype=variable.dtype)
-    rows, size = number(gradient.values), variable.shape[0]
+    rows, size = gradient.values, variable.shape[0]
     squares = tf.square(rows) * number(1 - optimizer.beta_2)
-    velocities = _slot(optimizer, "_velocities", variable)
+    velocities = _slot_variable(optimizer, "_velocities", variable)
     summed = tf.math.unsorted_segment_sum(squares, gradient.indices, size)
     velocities.assign(velocities * number(optimizer.beta_2) + summed)
     table = tf.math.unsorted_segment_sum(rows, gradient.indices, size)
@@ -93,7 +93,7 @@ def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: An
         return
     tf.raw_ops.ResourceApplyKerasMomentum(
         var=variable.handle,
-        accum=_slot(optimizer, "momentums", variable).handle,
+        accum=_slot(optimizer, "momentums", variable),
         lr=number(learning_rate),
         grad=gradient,
         # A schedule may cycle it: then it is a tensor that poses as a float.
@@ -109,8 +109,8 @@ def _rmsprop(
     number = functools.partial(tf.cast, dtype=variable.dtype)
     arguments = {
         "var": variable.handle,
-        "ms": _slot(optimizer, "_velocities", variable).handle,
-        "mom": _slot(optimizer, "_momentums", variable).handle if momentum is None else momentum.handle,
+        "ms": _slot(optimizer, "_velocities", variable),
+        "mom": _slot(optimizer, "_momentums", variable) if momentum is None else momentum.handle,
         "lr": number(learning_rate),
         "rho": number(optimizer.rho),
         "momentum": number(optimizer.momentum),
@@ -119,7 +119,7 @@ def _rmsprop(
     }
     if optimizer.centered:
         tf.raw_ops.ResourceApplyCenteredRMSProp(
-            mg=_slot(optimizer, "_average_gradients", variable).handle, **arguments
+            mg=_slot(optimizer, "_average_gradients", variable), **arguments
         )
     else:
         tf.raw_ops.ResourceApplyRMSProp(**arguments)
@@ -156,8 +156,8 @@ def _adamax(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate:
     beta_1 = number(optimizer.beta_1)
     tf.raw_ops.ResourceApplyAdaMax(
         var=variable.handle,
-        m=_slot(optimizer, "_m", variable).handle,
-        v=_slot(optimizer, "_u", variable).handle,
+        m=_slot(optimizer, "_m", variable),
+        v=_slot(optimizer, "_u", variable),
         beta1_power=beta_1 ** (number(optimizer.iterations) + 1),
         lr=number(learning_rate),
         beta1=beta_1,
@@ -172,8 +172,8 @@ def _adadelta(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rat
     number = functools.partial(tf.cast, dtype=variable.dtype)
     tf.raw_ops.ResourceApplyAdadelta(
         var=variable.handle,
-        accum=_slot(optimizer, "_accumulated_grads", variable).handle,
-        accum_update=_slot(optimizer, "_accumulated_delta_vars", variable).handle,
+        accum=_slot(optimizer, "_accumulated_grads", variable),
+        accum_update=_slot(optimizer, "_accumulated_delta_vars", variable),
         lr=number(learning_rate),
         rho=number(optimizer.rho),
         epsilon=number(optimizer.epsilon),
@@ -234,12 +234,11 @@ def fused(optimizer: keras.optimizers.Optimizer, update: Update) -> Iterator[Non
     original, of_rows = optimizer.update_step, UPDATES_OF_ROWS.get(update)
 
     def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
-        if isinstance(gradient, tf.Tensor) and variable.dtype == tf.float32:
-            update(optimizer, tf.cast(gradient, variable.dtype), variable, learning_rate)
-        elif isinstance(gradient, tf.IndexedSlices) and of_rows and variable.dtype == tf.float32:
-            of_rows(optimizer, gradient, variable, learning_rate)
-        else:
+        way = of_rows if isinstance(gradient, tf.IndexedSlices) else update
+        if way is None or variable.dtype != tf.float32:
             original(gradient, variable, learning_rate)
+        else:
+            way(optimizer, tf.cast(gradient, variable.dtype), variable, learning_rate)
 
     optimizer.update_step = update_step
     try:
@@ -293,5 +292,9 @@ def _tolerance(optimizer: keras.optimizers.Optimizer) -> float:
     )
 
 
-def _slot(optimizer: Any, name: str, variable: tf.Variable) -> tf.Variable:
+def _slot(optimizer: Any, name: str, variable: tf.Variable) -> tf.Tensor:
+    return _slot_variable(optimizer, name, variable).handle
+
+
+def _slot_variable(optimizer: Any, name: str, variable: tf.Variable) -> tf.Variable:
     return getattr(optimizer, name)[optimizer._get_variable_index(variable)].value

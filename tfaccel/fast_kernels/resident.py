@@ -39,19 +39,20 @@ class BatchForm:
         self._structure = keras.tree.map_structure(lambda leaf: 0, structure, none_is_leaf=False)
         self._transform = transform
         self._floatx = keras.config.floatx()
-        self._transform_key = transform_key
+        # What a compiled loop depends on, beside the tensors' dtypes.
+        self._looks = (repr(self._structure), transform_key, self._floatx)
+        self.signature = self._signature()
 
-    @property
-    def signature(self) -> tuple:
-        """What a compiled loop depends on: data of equal signature share one."""
-        specs = (*self.specs, self.order_spec)
-        return repr(self._structure), specs, self._transform_key, self._floatx
+    def _signature(self) -> tuple:
+        """Data of equal signature share a compiled loop."""
+        return *self._looks, *self.specs, self.order_spec
 
     def stored_as(self, leaves: list[tf.Tensor], order: tf.Tensor) -> BatchForm:
         """The same batches, cut out of tensors of other dtypes."""
         other = copy.copy(self)
         other.specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in leaves]
         other.order_spec = tf.TensorSpec([None], order.dtype)
+        other.signature = other._signature()
         return other
 
     def cut(self, leaves: list[tf.Tensor], rows: tf.Tensor) -> Any:
