@@ -95,9 +95,10 @@ class Accelerator:
         if tuned is not None and not isinstance(tuned, TunedOptions):
             raise refuse("tuned", tuned, "what tfaccel.tune gave back", "Leave it out for the defaults.")
         self._tuned = tuned
-        given = {"precision": precision, "jit": jit, "kernels": kernels}
+        given: dict[str, Any] = {"precision": precision, "jit": jit, "kernels": kernels}
         given["steps_per_execution"] = steps_per_execution
-        precision, jit, kernels, steps_per_execution = _tuned_or_given(given, tuned)
+        options = given if tuned is None else tuned.instead_of_auto(given)
+        precision, jit, kernels, steps_per_execution = options.values()
         # The cheap check comes first: making a strategy may start TensorFlow's runtime.
         self._precision = choose_precision(precision, self.devices)
         self._strategy = choose_strategy(strategy, self.devices)
@@ -281,7 +282,7 @@ class Accelerator:
 
     def show(self, name: str) -> str:
         """The value of the choice `name`, for a person."""
-        return _show(self.choices()[name].value)
+        return str(self.choices()[name])
 
     def __str__(self) -> str:
         """The machine and every choice with its reason, a line each."""
@@ -302,22 +303,3 @@ class Accelerator:
             values["strategy"] = "one_device"
         shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
         return f"Accelerator({shown})"
-
-
-def _tuned_or_given(given: dict[str, Any], tuned: TunedOptions | None) -> list[Any]:
-    """Your own words come first."""
-    if tuned is None:
-        return list(given.values())
-    found = tuned.chosen.accelerator_options()
-    return [found[name] if value == "auto" else value for name, value in given.items()]
-
-
-def _show(value: object) -> str:
-    if isinstance(value, tf.distribute.Strategy):
-        if not is_distributed(value):
-            return "one_device"
-        workers = isinstance(value, tf.distribute.MultiWorkerMirroredStrategy)
-        # The class itself still has the name of the paper.
-        name = "MultiWorkerMirroredStrategy" if workers else type(value).__name__
-        return f"{name} × {value.num_replicas_in_sync}"
-    return value.name if isinstance(value, keras.DTypePolicy) else str(value)

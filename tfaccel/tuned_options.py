@@ -76,6 +76,11 @@ class TunedOptions:
         options = self.chosen.accelerator_options().items()
         return ", ".join(f"{name}={value!r}" for name, value in options)
 
+    def instead_of_auto(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `Accelerator`, with what was found wherever they are `"auto"`."""
+        found = self.chosen.accelerator_options()
+        return {name: found[name] if value == "auto" else value for name, value in given.items()}
+
     def __str__(self) -> str:
         """A table: time of a step, of compiling, of the run; against plain Keras; why not."""
         size = (

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import keras
+import tensorflow as tf
+
+from tfaccel.keras_fixes.compile_checks import is_distributed
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -19,3 +24,14 @@ class Choice:
     value: Any
     reason: str
     by_user: bool = False
+
+    def __str__(self) -> str:
+        """The value, for a person."""
+        if isinstance(self.value, tf.distribute.Strategy):
+            if not is_distributed(self.value):
+                return "one_device"
+            workers = isinstance(self.value, tf.distribute.MultiWorkerMirroredStrategy)
+            # The class itself still has the name of the paper.
+            name = "MultiWorkerMirroredStrategy" if workers else type(self.value).__name__
+            return f"{name} × {self.value.num_replicas_in_sync}"
+        return self.value.name if isinstance(self.value, keras.DTypePolicy) else str(self.value)
