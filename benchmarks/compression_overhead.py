@@ -6,9 +6,13 @@ tensorflow-model-optimization.
 Two models, each fitted again and again in one process: bare Keras, then with each technique, in turn, so
 that the machine's drift meets all alike. A figure is the ratio of step times within one turn; the median of
 all turns and its quartiles are printed. tfmot runs in a process of its own against bare tf_keras, in the
-same way. A fit is planned for 50 epochs, which decides how often masks are made, and stops behind the fourth;
-the fastest of the last three is what counts. `ratio_of_least` is the fastest of all turns against the bare
-fit's: on a noisy machine the figure to trust.
+same way. A fit is planned for 50 epochs, which decides how often masks are made, and stops behind the
+fourth; the fastest of the last ones is what counts. `ratio_of_least` is the fastest of all turns against
+the bare fit's: on a noisy machine the figure to trust.
+
+With `--scope` ours are built in the scope of an `Accelerator()` and read its dataset, as the README's script
+does; bare Keras stays what all are compared with, and `plain` is then what the techniques are added to. A
+fit has ten epochs there, whose first ones find the fastest way.
 
 Rows: `plain` is bare Keras against itself, which shows the noise. `prune` makes a mask every 52 steps, as
 does tfmot's. `cluster` regroups every 75 steps; tfmot's looks its weights up every step. `quantize` rounds
@@ -17,6 +21,7 @@ of the same form.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -48,18 +53,20 @@ def build(host, name):
     return host.Sequential([host.Input((28, 28, 1)), *stack])
 
 
-def compiled(host, model):
+def compiled(host, model, jit_compile=False, **options):
     """With Adam and the loss of a classifier."""
     loss = host.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(host.optimizers.Adam(1e-3), loss, jit_compile=False)
+    model.compile(host.optimizers.Adam(1e-3), loss, jit_compile=jit_compile, **options)
     return model
 
 
-def ours(name):
-    """Pairs of a fit and its technique's name, on Keras 3."""
+def ours(name, scope):
+    """A model, its callbacks and its accelerator for each technique's name, on Keras 3."""
     import keras
 
     import tfaccel
+
+    accelerator = tfaccel.Accelerator() if scope else None
 
     techniques = {
         "plain": list,
@@ -77,11 +84,12 @@ def ours(name):
             tfaccel.QuantizeAware(8),
         ],
     }
-    bare = compiled(keras, build(keras, name))
-    return {"": (bare, list)} | {
-        technique: (compiled(keras, build(keras, name)), callbacks)
-        for technique, callbacks in techniques.items()
-    }
+    fits = {"": (compiled(keras, build(keras, name)), list, None)}
+    with accelerator.scope() if scope else contextlib.nullcontext():
+        options = accelerator.compile_options() if scope else {}
+        for technique, callbacks in techniques.items():
+            fits[technique] = compiled(keras, build(keras, name), **options), callbacks, accelerator
+    return fits
 
 
 def theirs(name, steps):
@@ -99,18 +107,18 @@ def theirs(name, steps):
     )
     quantized = tfmot.quantization.keras.quantize_model(build(tf_keras, name))
     return {
-        "": (compiled(tf_keras, build(tf_keras, name)), list),
-        "plain": (compiled(tf_keras, build(tf_keras, name)), list),
-        "prune": (compiled(tf_keras, pruned), lambda: [sparsity.UpdatePruningStep()]),
-        "cluster": (compiled(tf_keras, shared), list),
-        "quantize": (compiled(tf_keras, quantized), list),
+        "": (compiled(tf_keras, build(tf_keras, name)), list, None),
+        "plain": (compiled(tf_keras, build(tf_keras, name)), list, None),
+        "prune": (compiled(tf_keras, pruned), lambda: [sparsity.UpdatePruningStep()], None),
+        "cluster": (compiled(tf_keras, shared), list, None),
+        "quantize": (compiled(tf_keras, quantized), list, None),
     }
 
 
 class Clock:
     """The least seconds of an epoch behind the first, in which a fit is traced: noise can only add."""
 
-    def __init__(self, host):
+    def __init__(self, host, last):
         clock = self
 
         class Callback(host.callbacks.Callback):
@@ -120,7 +128,7 @@ class Clock:
             def on_epoch_end(self, epoch, logs=None):
                 took = time.perf_counter() - clock.begun
                 clock.seconds = min(clock.seconds, took) if epoch > 1 else took
-                self.model.stop_training = epoch == 3
+                self.model.stop_training = epoch == last
 
         self.callback = Callback()
 
@@ -134,14 +142,26 @@ def measure(host, fits, turns, steps):
     least = dict.fromkeys(fits, float("inf"))
     for _ in range(turns):
         seconds = {}
-        for name, (model, callbacks) in fits.items():
-            clock = Clock(host)
-            model.fit(x, y, BATCH, EPOCHS, verbose=0, callbacks=[*callbacks(), clock.callback])
+        for name, (model, callbacks, accelerator) in fits.items():
+            clock = Clock(host, 3 if accelerator is None else 9)
+            data = {"x": x, "y": y, "batch_size": BATCH}
+            if accelerator is not None:
+                data = {"x": accelerator.dataset(x, y, batch_size=BATCH)}
+            model.fit(**data, epochs=EPOCHS, verbose=0, callbacks=[*callbacks(), clock.callback])
             seconds[name] = clock.seconds
             least[name] = min(least[name], clock.seconds)
         for name in ratios:
             ratios[name].append(seconds[name] / seconds[""])
     return {name: (values, least[name] / least[""]) for name, values in ratios.items()}
+
+
+def in_a_process(name, options):
+    """The ratios of tfmot."""
+    command = [sys.executable, __file__, "--tfmot", "--models", name]
+    command += ["--turns", str(options.turns), "--steps", str(options.steps)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=dict(os.environ))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RATIOS "))
+    return json.loads(line.removeprefix("RATIOS "))["ratios"]
 
 
 def main():
@@ -150,6 +170,7 @@ def main():
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--scope", action="store_true")
     parser.add_argument("--tfmot", action="store_true", help=argparse.SUPPRESS)  # the process of its own
     options = parser.parse_args()
     if options.tfmot:
@@ -163,12 +184,9 @@ def main():
     from _report import print_row
 
     for name in options.models:
-        rows = {"tfaccel": measure(keras, ours(name), options.turns, options.steps)}
-        command = [sys.executable, __file__, "--tfmot", "--models", name]
-        command += ["--turns", str(options.turns), "--steps", str(options.steps)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=dict(os.environ))
-        line = next(line for line in done.stdout.splitlines() if line.startswith("RATIOS "))
-        rows["tfmot"] = json.loads(line.removeprefix("RATIOS "))["ratios"]
+        rows = {"tfaccel": measure(keras, ours(name, options.scope), options.turns, options.steps)}
+        if not options.scope:
+            rows["tfmot"] = in_a_process(name, options)
         for source, ratios in rows.items():
             for technique, (values, of_least) in ratios.items():
                 low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
