@@ -121,6 +121,7 @@ def test_clock_counts_examples_batches_and_waiting():
     watched = clock.watch(data)
     assert watched.element_spec == data.element_spec
     assert watched.cardinality() == 3
+    assert clock.watch(data.repeat()).cardinality() == tf.data.INFINITE_CARDINALITY
     for _ in range(2):
         assert len(list(watched)) == 3
         reading = clock.read()

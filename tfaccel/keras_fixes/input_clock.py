@@ -11,15 +11,21 @@ The fix: a last stage in the input pipeline of the running `fit`. A pair of data
 first a clock, then the batch; the stage then knows when the step asked and when it was answered. It
 counts inside TensorFlow, with no Python per step. `fit` holds its pipeline in the local variable
 `epoch_iterator`, which is found on the call stack from inside a hook.
+
+`Dataset.map` hands each call of its function to TensorFlow's threads, and the step waits for them; for a few
+numbers that takes longer than to compute them. The stage's functions run in the thread that asks, which
+`map` has no argument for.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import keras
 import tensorflow as tf
+from tensorflow.python.data.ops import map_op
 
 CLOCK_ATTRIBUTE = "tfaccel_clock"  # on an epoch iterator: a loop that counts by itself
 
@@ -62,29 +68,23 @@ class InputClock:
     def __init__(self, skip: int):
         self.skip = skip
         with tf.device("CPU:0"):
-            self._skip = tf.constant(float(skip), tf.float64)
             self._totals = tf.Variable(tf.zeros([4], tf.float64), trainable=False)
 
     def watch(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """The same dataset with the counting stage behind it."""
-        asked = tf.data.Dataset.counter().map(lambda _: tf.timestamp())
+        # `Dataset.counter` would run a function for each number.
+        numbers = tf.data.Dataset.range(tf.int64.max).repeat()
+        asked = _mapped_here(numbers, lambda number: (number, tf.timestamp()))
 
-        def hand_over(asked_at: tf.Tensor, batch: Any) -> Any:
-            examples = count_examples(batch)
-            waited, seen, batches, steady_at = tf.unstack(self._totals)
-            self._totals.assign(
-                tf.stack(
-                    [
-                        waited + tf.timestamp() - asked_at,
-                        seen + tf.cast(examples, tf.float64),
-                        batches + 1.0,
-                        tf.where(batches == self._skip, asked_at, steady_at),
-                    ]
-                )
-            )
+        def hand_over(asked_for: Any, batch: Any) -> Any:
+            number, asked_at = asked_for
+            examples = tf.cast(count_examples(batch), tf.float64)
+            one, zero = tf.ones([], tf.float64), tf.zeros([], tf.float64)
+            steady_at = tf.where(number == self.skip, asked_at, zero)
+            self._totals.assign_add(tf.stack([tf.timestamp() - asked_at, examples, one, steady_at]))
             return batch
 
-        return tf.data.Dataset.zip(asked, dataset).map(hand_over)
+        return _mapped_here(tf.data.Dataset.zip(asked, dataset), hand_over)
 
     def reset(self) -> None:
         """Starts counting from zero."""
@@ -93,6 +93,11 @@ class InputClock:
     def read(self) -> Reading:
         """What was counted since `reset()`."""
         return Reading(*map(float, self._totals.numpy()))
+
+
+def _mapped_here(dataset: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
+    """`dataset.map(function)`, which runs in the thread that asks for an element."""
+    return map_op._MapDataset(dataset, function, use_inter_op_parallelism=False)
 
 
 def count_examples(batch: Any) -> tf.Tensor:
