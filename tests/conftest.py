@@ -1,5 +1,6 @@
 """Fixtures: small real data, small models of each kind, two logical CPUs."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -25,6 +26,13 @@ def _fresh_keras():
     policy = keras.config.dtype_policy().name
     keras.config.set_dtype_policy("float32")
     assert policy == "float32", "a test or the library left a dtype policy behind"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_objects():
+    """TensorFlow's converter collects garbage in every call: what earlier files left is not looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
