@@ -30,7 +30,7 @@ def _fresh_keras():
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_objects():
-    """TensorFlow's converter collects garbage in every call: what earlier files left is not looked at again."""
+    """What earlier files left is not looked at again: the converter collects garbage in every call."""
     gc.collect()
     gc.freeze()
 

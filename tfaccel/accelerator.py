@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfaccel.errors import refuse
 from tfaccel.fast_kernels.acceleration import accelerate, accelerate_at_compile, release
-from tfaccel.fast_kernels.kernels import Settings
+from tfaccel.fast_kernels.kernels import Report, Settings
 from tfaccel.keras_fixes import compile_checks
 from tfaccel.keras_fixes.compile_checks import is_distributed
 from tfaccel.keras_fixes.keras_distribution import check_no_keras_distribution
@@ -106,7 +106,7 @@ class Accelerator:
         self._jit = choose_jit(jit, self.devices, self.strategy)
         self._steps_per_execution = choose_steps_per_execution(steps_per_execution, kernels, self.strategy)
         self._batch_norm = choose_batch_norm(batch_norm, self.strategy)
-        self._kernels_used: dict[str, str] = {}
+        self._kernel_reports: list[Report] = []  # of the model that was compiled last
         if tuned is not None:
             self._give_reason(tuned.reason, [name for name, value in given.items() if value == "auto"])
 
@@ -155,7 +155,7 @@ class Accelerator:
             stack.enter_context(compile_checks.refuse_at_compile(self.strategy, self.precision))
             settings = self._settings()
             if settings is not None:
-                stack.enter_context(accelerate_at_compile(settings, self._kernels_used))
+                stack.enter_context(accelerate_at_compile(settings, self._kernel_reports))
             yield self
 
     def _settings(self) -> Settings | None:
@@ -200,7 +200,7 @@ class Accelerator:
             compile_checks.check_built_inside(model, self.strategy, self.precision)
             settings = self._settings()
             if settings is not None and model.compiled:
-                accelerate(model, settings, self._kernels_used)
+                accelerate(model, settings, self._kernel_reports)
             return model
 
     def release(self, model: keras.Model) -> keras.Model:
@@ -289,7 +289,7 @@ class Accelerator:
         rows = [(name, self.show(name), choice.reason) for name, choice in self.choices().items()]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
-        used = [f"  {name}: {text}" for name, text in self._kernels_used.items()]
+        used = [f"  {name}: {text}" for of in self._kernel_reports for name, text in of.items()]
         return "\n".join(
             [str(self.devices), *lines, *(["kernels of the model compiled last", *used] if used else [])]
         )

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfaccel
+from tfaccel.prepare.inputs import make_dataset
 
 X = np.arange(50 * 3, dtype="float32").reshape(50, 3)
 Y = np.arange(50, dtype="int32")
@@ -271,3 +272,45 @@ def test_strings_in_object_arrays_are_strings(accelerator):
 def test_bad_data(accelerator, call, text):
     with pytest.raises(ValueError, match=text):
         call(accelerator)
+
+
+def test_weights_may_come_beside_a_tuple():
+    x, y, weight = np.ones((4, 2), "float32"), np.zeros(4), np.arange(4.0)
+    batch = next(iter(make_dataset((x, y), sample_weight=weight, shuffle=False)))
+    np.testing.assert_array_equal(batch[2], weight)
+    with pytest.raises(ValueError, match="Allowed: one of them"):
+        make_dataset((x, y, weight), sample_weight=weight)
+
+
+def test_nothing_at_the_end_of_a_generators_batch_is_left_out():
+    x, y = np.ones((4, 2), "float32"), np.zeros((4, 1))
+    spec = make_dataset(batch for batch in [(x, y, None)] * 3).element_spec
+    assert [part.shape[1:] for part in spec] == [(2,), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ([np.ones((4, 2)), np.zeros(4)], "yields lists"),
+        ((np.ones((4, 2)), None, np.ones(4)), "has None inside"),
+        (({"a": np.ones((4, 2)), "b": None}, np.ones(4)), "has None inside"),
+    ],
+)
+def test_batches_of_a_generator_that_mean_nothing(batch, says):
+    with pytest.raises(ValueError, match=says):
+        make_dataset(iter_of(batch))
+
+
+def iter_of(batch):
+    yield batch
+
+
+@pytest.mark.parametrize("scalar", [tf.constant(5.0), np.float32(5)])
+def test_a_scalar_is_no_data(scalar):
+    with pytest.raises(ValueError, match="A scalar was given"):
+        make_dataset(scalar)
+
+
+def test_shuffle_is_a_switch():
+    with pytest.raises(ValueError, match="shuffle='batch' is not usable"):
+        make_dataset(np.ones((4, 2)), shuffle="batch")

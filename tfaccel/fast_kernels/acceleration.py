@@ -25,32 +25,35 @@ REPLACED = (
 )
 
 
-def accelerate_at_compile(settings: Settings, report: Report) -> contextlib.AbstractContextManager[None]:
+def accelerate_at_compile(
+    settings: Settings, reports: list[Report]
+) -> contextlib.AbstractContextManager[None]:
     """Makes `compile` accelerate every model for as long as the block lasts. Arguments: see `accelerate`."""
 
     def wrap(original: Callable) -> Callable:
         def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
             original(self, *args, **kwargs)
-            accelerate(self, settings, report)
+            accelerate(self, settings, reports)
 
         return compile
 
     return around_compile(wrap)
 
 
-def accelerate(model: keras.Model, settings: Settings, report: Report) -> None:
+def accelerate(model: keras.Model, settings: Settings, reports: list[Report]) -> None:
     """Lets a compiled model train with fused kernels and compiled loops, on every replica of its strategy.
 
     Args:
         model: Just compiled. Models that run eagerly on one device, and subclasses that make their own train
             function, stay as they are; the report says so.
         settings: How.
-        report: Is given, by name, what was chosen and why; what it says of another model goes.
+        reports: Is given a report in the place of that of another model: by name, what was chosen and why.
 
     Raises:
         ValueError: Several replicas, XLA, and a `train_step` of the user's own.
     """
-    report.clear()
+    report: Report = {}
+    reports[:] = [report]
     reason = _why_not(model)
     if reason:
         report["loop"] = f"Keras's own: {reason}"

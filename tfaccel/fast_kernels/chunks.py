@@ -9,6 +9,7 @@ about a tenth of a second.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,7 +74,7 @@ def count_exactly(epoch_iterator: Any, begin: Callable[[], Any], function: Any) 
         begin: Starts a pass through the data.
         function: Has the `length` of a call.
     """
-    it = epoch_iterator
+    it: Any = weakref.proxy(epoch_iterator)  # not kept by what it keeps: a cycle would hold the data
 
     def chunks() -> Iterator[tuple[int, int, Chunk]]:
         it.data_adapter.on_epoch_begin()
@@ -105,21 +106,29 @@ def watches_batches(callbacks: Any) -> bool:
 
     def watches(callback: keras.callbacks.Callback) -> bool:
         # These have batch hooks that do nothing, unless they were told to save by batches.
-        if isinstance(callback, keras.callbacks.ProgbarLogger) or vars(callback).get("save_freq") == "epoch":
-            return False
+        idle = (
+            isinstance(callback, keras.callbacks.ProgbarLogger) or vars(callback).get("save_freq") == "epoch"
+        )
         # On the object: `LambdaCallback` puts its hooks there.
-        return not all(getattr(getattr(callback, hook), "_is_default", False) for hook in hooks)
+        own = [getattr(callback, hook) for hook in hooks]
+        own = [hook for hook in own if not getattr(hook, "_is_default", False)]
+        return any(not (idle and getattr(hook, "__module__", "").startswith("keras.")) for hook in own)
 
     return any(watches(callback) for callback in getattr(callbacks, "callbacks", ()))
 
 
-def running_loop() -> dict[str, Any]:
-    """The local variables of the `fit` or `evaluate` that is on the call stack, innermost first; or none."""
+def running_loop(name: str = "") -> dict[str, Any]:
+    """The local variables of the innermost `fit` or `evaluate` on the call stack; none where there is none.
+
+    Args:
+        name: Which of the two it must be.
+    """
     frame = inspect.currentframe()
     try:
         while frame is not None:
-            if frame.f_code.co_name in ("fit", "evaluate") and "epoch_iterator" in frame.f_locals:
-                return dict(frame.f_locals)
+            found = frame.f_code.co_name
+            if found in ("fit", "evaluate") and "epoch_iterator" in frame.f_locals:
+                return dict(frame.f_locals) if name in ("", found) else {}
             frame = frame.f_back
         return {}
     finally:

@@ -16,7 +16,7 @@ from tfaccel.fast_kernels.agreement import same_step
 from tfaccel.fast_kernels.chunks import CallLength, Chunk
 from tfaccel.fast_kernels.resident import MEMORY_FRACTION, Pass, ResidentBatches
 from tfaccel.fast_kernels.step_loop import Step, resident_loop, stream_loop
-from tfaccel.fast_kernels.trial import Trial, Way
+from tfaccel.fast_kernels.trial import Trial, Way, op_types
 from tfaccel.free_memory import free_memory_bytes
 from tfaccel.keras_fixes.input_clock import Reading
 
@@ -86,8 +86,11 @@ class FastFunction:
         self._agreed: set[Any] = set()  # keys of programs whose step was equal
         self._rejected: dict[Any, str] = {}  # why others are never run again
         self._steps_left = 0
+        self._traced: set[Any] = set()  # keys of programs that ran
+        self._of_fixed_size: set[Any] = set()  # those that can't be traced for an open number of rows
         self.length = CallLength(1, False)
         self.clock = LoopClock()
+        self.before_tracing: Callable[[], None] = lambda: None  # once, when callbacks have begun
 
     def expect_steps(self, steps: int) -> None:
         """Says how many steps the run that begins will have; 0 where that is not known."""
@@ -105,6 +108,8 @@ class FastFunction:
     def _run_chunk(self, chunk: Chunk) -> Any:
         source, first, count = chunk.source, chunk.first, chunk.count
         started = time.perf_counter()
+        if not self._programs:
+            self.before_tracing()
         if isinstance(source, Pass):
             logs, waited_s = self._run_resident(source, first, count), 0.0
             size, samples = source.batches.batch_size, source.batches.samples
@@ -124,24 +129,43 @@ class FastFunction:
 
     def _run_resident(self, source: Pass, first: int, count: int) -> Any:
         batches = source.batches
-        trial, plain = self._trial(batches), self._loop(Way.PLAIN, batches)
+        trial = self._trial(batches)
         full = min(count, batches.full_batches - first)
         logs = None
         while full > 0:
-            now, way = full, trial.next_way(plain)
+            now, way = full, trial.next_way(self._loop(Way.PLAIN, batches))
             if trial.decided is None and way is not Way.PLAIN and self._key(way, batches) not in self._agreed:
                 now, logs = 1, self._try(way, trial, source, first)
             else:
-                program = self._loop(way, batches)
                 started = time.perf_counter()
-                logs = program(*_arguments(source, first, now))
+                logs = self._run(way, source, first, now)
                 if trial.decided is None:
                     _wait_for(logs)
                 trial.note(way, now, time.perf_counter() - started)
             first, full, count = first + now, full - now, count - now
         if count > 0:  # the partial batch at the end
-            logs = plain(*_arguments(source, first, count))
+            logs = self._run(Way.PLAIN, source, first, count)
         return logs
+
+    def _run(self, way: Way, source: Pass, first: int, count: int) -> Any:
+        batches, arguments = source.batches, _arguments(source, first, count)
+        key = self._key(way, batches)
+        if way is not Way.PLAIN or key in self._traced or not _are_whole(batches):
+            return self._loop(way, batches)(*arguments)
+        try:
+            logs = self._loop(way, batches)(*arguments)
+            self._traced.add(key)
+            return logs
+        except tf.errors.OpError:
+            raise  # it was traced, and has run
+        except Exception:
+            pass
+        # The step may ask how many rows a batch has, as a loss with an identity matrix of that size does;
+        # Keras knows it where all batches are whole.
+        del self._programs[key]
+        self._of_fixed_size.add(key)
+        self._traced.add(self._key(way, batches))
+        return self._loop(way, batches)(*arguments)
 
     def _try(self, way: Way, trial: Trial, source: Pass, first: int) -> Any:
         """Runs one step both ways from the same state; the state afterwards is that of one step."""
@@ -202,12 +226,15 @@ class FastFunction:
         return self._trials[key]
 
     def _loop(self, way: Way, batches: ResidentBatches) -> Any:
-        form, size = batches.form, None if way is Way.PLAIN else batches.batch_size
-        make = functools.partial(resident_loop, form=form, static_size=size, xla=way is Way.LOOP)
-        return self._program(self._key(way, batches), lambda: make(self._step(way)))
+        key = self._key(way, batches)
+        make = functools.partial(resident_loop, form=batches.form, static_size=key[-1], xla=way is Way.LOOP)
+        return self._program(key, lambda: make(self._step(way)))
 
     def _key(self, way: Way, batches: ResidentBatches) -> tuple:
-        return way, batches.form.signature, None if way is Way.PLAIN else batches.batch_size
+        """What a program depends on; its last part is the number of rows, or None where that is left open."""
+        key = way, batches.form.signature, None
+        is_open = way is Way.PLAIN and not (key in self._of_fixed_size and _are_whole(batches))
+        return key if is_open else (*key[:-1], batches.batch_size)
 
     def _program(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._programs:
@@ -218,12 +245,18 @@ class FastFunction:
         return self._programs[key]
 
 
+def _are_whole(batches: ResidentBatches) -> bool:
+    return batches.samples % batches.batch_size == 0
+
+
 def _why_not_twice(program: Any, variables: list[tf.Variable]) -> str:
     """Why a step can't be run twice from the same state; empty where it can."""
     copies = 3 * sum(variable.dtype.size * variable.shape.num_elements() for variable in variables)
     if copies > MEMORY_FRACTION * free_memory_bytes():
         return "the state of the model is too large to be kept twice for a trial"
     handles = {id(variable.handle) for variable in variables}
+    if any(name in op for op in op_types(program) for name in ("PyFunc", "EagerPyFunc")):
+        return "the step calls Python, which may count its calls"
     concrete = program._list_all_concrete_functions()[0]
     resources = [tensor for tensor in concrete.captured_inputs if tensor.dtype == tf.resource]
     if any(id(tensor) not in handles for tensor in resources):

@@ -228,9 +228,12 @@ def fused(optimizer: keras.optimizers.Optimizer, update: Update) -> Iterator[Non
     """Lets `optimizer.apply` use the fused update while the block lasts: wrap the tracing of a step.
 
     Args:
-        optimizer: The user's own; nothing stays on it.
+        optimizer: The user's own; nothing stays on it. One that got an `update_step` meanwhile is let alone.
         update: What `fused_update` gave.
     """
+    if "update_step" in vars(optimizer):
+        yield
+        return
     original, of_rows = optimizer.update_step, UPDATES_OF_ROWS.get(update)
 
     def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
-from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter, make_class_weight_map_fn
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.trainer import model_supports_jit
 
 from tfaccel.fast_kernels import resident
 from tfaccel.fast_kernels.chunks import CallLength, count_exactly, is_stream, running_loop, watches_batches
+from tfaccel.fast_kernels.class_weights import weigh_classes
 from tfaccel.fast_kernels.functions import FastFunction, LoopClock
 from tfaccel.fast_kernels.prediction import PredictFunction, in_order, sliced
 from tfaccel.fast_kernels.proofs import Proofs
@@ -67,7 +68,7 @@ class Kernels:
 
     def __init__(self, model: keras.Model, settings: Settings, report: Report):
         self._model = weakref.ref(model)
-        self._optimizer = model.optimizer
+        self._optimizer, self._compilation = model.optimizer, _compilation(model)
         self._settings = settings
         self._report = report
         self.replicated = is_replicated(model.distribute_strategy)
@@ -120,7 +121,10 @@ class Kernels:
 
     def _is_plain(self, model: keras.Model) -> bool:
         """Compiled anew outside of the scope, or being debugged: plain Keras was asked for."""
-        return model.optimizer is not self._optimizer or self._is_debugged(model)
+        return not self._is_current(model) or self._is_debugged(model)
+
+    def _is_current(self, model: keras.Model) -> bool:
+        return all(now is then for now, then in zip(_compilation(model), self._compilation, strict=True))
 
     def _is_debugged(self, model: keras.Model) -> bool:
         return model.run_eagerly or tf.config.functions_run_eagerly()
@@ -134,10 +138,10 @@ class Kernels:
         if present is self._plain_functions.get(kind):
             present = None  # made below, in a fit that was debugged
         if self._is_plain(model):
-            if model.optimizer is not self._optimizer:
+            if not self._is_current(model):
                 self._report.clear()
                 self._report["loop"] = "Keras's own: the model was compiled again outside of the scope"
-            if self.replicated and model.optimizer is self._optimizer:
+            if self.replicated and self._is_current(model):
                 step = self._replicated_step(kind).on_batch
                 setattr(model, name, eager_function(model, step, model.steps_per_execution))
             else:
@@ -176,10 +180,12 @@ class Kernels:
 
     def _bind(self, model: keras.Model, function: FastFunction, kind: str) -> None:
         """Lets the `fit` or `evaluate` that is running hand over chunks."""
-        loop, strategy = running_loop(), model.distribute_strategy
+        loop, strategy = running_loop("fit" if kind == "train" else "evaluate"), model.distribute_strategy
         epoch_iterator = loop.get("epoch_iterator")
         if epoch_iterator is None or loop.get("self") is not model or not is_stream(epoch_iterator):
             return
+        if getattr(epoch_iterator, CLOCK_ATTRIBUTE, None) is function.clock:
+            return  # a callback trains on single batches, or it is the validation of another epoch
         # Workers must cut their epochs alike: each would go by its own clock.
         may_grow = self._settings.growing_calls and not is_multi_worker(strategy)
         grows = may_grow and not watches_batches(loop.get("callbacks"))
@@ -188,7 +194,8 @@ class Kernels:
             if kind == "train":
                 forget_restored_epoch(model)
             if kind == "train" and not self.replicated:
-                build_state(model, epoch_iterator._distributed_dataset.element_spec)
+                batch = epoch_iterator._distributed_dataset.element_spec
+                function.before_tracing = lambda: build_state(self._trained_model(), batch)
             epoch_iterator.resident_data = self._resident_data(epoch_iterator, loop)
             if self.replicated and not isinstance(epoch_iterator.resident_data, ResidentBatches):
                 distribute_anew(epoch_iterator)
@@ -202,7 +209,8 @@ class Kernels:
             count_exactly(epoch_iterator, self._passes(model, data), function)
         else:
             begin = untuned_iterator if self.replicated else iter
-            count_exactly(epoch_iterator, lambda: begin(epoch_iterator._distributed_dataset), function)
+            it = weakref.proxy(epoch_iterator)  # which keeps the function, and so must not be kept by it
+            count_exactly(epoch_iterator, lambda: begin(it._distributed_dataset), function)
         if kind == "train":
             where = "resident in memory" if resident_now else f"streamed: {data}"
             self._report["loop"] = f"compiled, data {where}"
@@ -249,7 +257,8 @@ class Kernels:
         weights = loop.get("class_weight")
         if weights is None:
             return batches
-        return batches.with_transform(make_class_weight_map_fn(weights), key=tuple(sorted(weights.items())))
+        named = tuple(sorted((int(number), float(weight)) for number, weight in weights.items()))
+        return batches.with_transform(weigh_classes(weights), key=named)
 
     def _state(self) -> tuple[list[tf.Variable], list[tf.Variable]]:
         """The variables that Keras knows of: all, and those of the optimizer."""
@@ -291,3 +300,8 @@ class Kernels:
     def build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """In place of `_maybe_symbolic_build`, which Keras calls at the beginning of `fit` and `evaluate`."""
         build_from_specification(self._trained_model(), iterator, data_batch)
+
+
+def _compilation(model: keras.Model) -> tuple[Any, Any]:
+    """What `compile` makes anew each time it is called."""
+    return model.optimizer, getattr(model, "_compile_config", None)

@@ -72,10 +72,11 @@ class SlicedArrays(DataAdapter):
 def in_order(x: Any, batch_size: int | None, steps: int | None) -> tuple[Any, int | None, int | None]:
     """What `predict` was given, or the rows in memory where it was a data set that was cut out of them.
 
-    Such a data set draws a new order on every pass, and predictions in that order are of no use.
+    Such a data set draws a new order on every pass, and predictions in that order are of no use. Its batches
+    have their size, whatever `batch_size` says, as those of any data set.
     """
     batches = getattr(x, ATTRIBUTE, None)
-    if batches is None or batch_size is not None:
+    if batches is None:
         return x, batch_size, steps
     x, _, _ = keras.utils.unpack_x_y_sample_weight(batches.first_batches(steps))
     return x, batches.batch_size, None
@@ -111,7 +112,10 @@ class PredictFunction:
     def __init__(self, model: keras.Model):
         self._step = retraced_silently(
             tf.function(
-                model.predict_step, autograph=False, reduce_retracing=True, jit_compile=model.jit_compile
+                model._autoconvert_optionals(model.predict_step),
+                autograph=False,
+                reduce_retracing=True,
+                jit_compile=model.jit_compile,
             )
         )
 

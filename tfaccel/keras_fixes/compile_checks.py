@@ -19,38 +19,51 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
 from tfaccel.keras_fixes.keras_distribution import check_no_keras_distribution
+from tfaccel.keras_fixes.patch import Patch
 from tfaccel.keras_fixes.replica_step import is_replicated
 
+Wrap = Callable[[Callable], Callable]
 
-@contextlib.contextmanager
-def around_compile(wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Wraps the `compile` of every model for as long as the block lasts.
 
-    It is wrapped on the class that defines it: where `Model.compile` differs from that, Keras takes it for a
-    user's own and `load_model` does not compile.
+def _compile(original: Callable, wraps: Callable[[], tuple[Wrap, ...] | None]) -> Callable:
+    @functools.wraps(original)
+    def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
+        call = original
+        for wrap in wraps() or ():
+            call = wrap(call)
+        call(self, *args, **kwargs)
+
+    return compile
+
+
+# On the class that defines it: where `Model.compile` differs from that, Keras takes it for a user's own and
+# `load_model` does not compile.
+_COMPILE = Patch(next(kind for kind in keras.Model.__mro__ if "compile" in vars(kind)), "compile", _compile)
+
+
+def around_compile(wrap: Wrap, alone: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Wraps the `compile` of every model, in this thread, for as long as the block lasts.
 
     Args:
         wrap: From `compile` to what is called instead, both with the model as first argument.
+        alone: Whether what blocks around this one have put on is left out meanwhile.
     """
-    owner = next(kind for kind in keras.Model.__mro__ if "compile" in vars(kind))
-    original = owner.compile
-    owner.compile = functools.wraps(original)(wrap(original))
-    try:
-        yield
-    finally:
-        owner.compile = original
+    return _COMPILE.active((wrap,) if alone else (*(_COMPILE.setting() or ()), wrap))
 
 
 def refuse_at_compile(
     strategy: tf.distribute.Strategy, policy: keras.DTypePolicy
 ) -> contextlib.AbstractContextManager[None]:
-    """Makes `compile` refuse models of another scope for as long as the block lasts."""
+    """Makes `compile` refuse models of another scope for as long as the block lasts.
+
+    A scope inside of another one counts alone, and one of another thread not at all.
+    """
 
     def wrap(original: Callable) -> Callable:
         def compile(self: keras.Model, *args: object, **kwargs: object) -> None:
@@ -61,7 +74,7 @@ def refuse_at_compile(
 
         return compile
 
-    return around_compile(wrap)
+    return around_compile(wrap, alone=True)
 
 
 def check_built_inside(

@@ -53,11 +53,15 @@ def build_state(model: keras.Model, batch: Any) -> None:
     TensorFlow traces a function that makes variables a second time; Keras traces every first `fit` twice.
 
     Args:
-        model: Compiled; one that is not built yet is left to the trace.
+        model: Compiled; one that is not built yet is left to the trace, and so is one whose own code would
+            run on symbols: it may train some of the weights only, or look at values.
         batch: The specification of a batch.
     """
     specs = keras.tree.flatten(batch)
-    if not model.built or not all(isinstance(spec, tf.TensorSpec) for spec in specs):
+    if not model.built or not all(isinstance(spec, tf.TensorSpec) and spec.shape.rank for spec in specs):
+        return
+    own = ("train_step", "compute_loss", "compute_metrics")
+    if any(getattr(type(model), name) is not getattr(keras.Model, name) for name in own):
         return
     shaped = [types.SimpleNamespace(shape=tuple(spec.shape), dtype=spec.dtype) for spec in specs]
     # What can't be built from shapes alone is made in the trace, as Keras does.

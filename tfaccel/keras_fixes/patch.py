@@ -30,7 +30,7 @@ class Patch:
     @contextlib.contextmanager
     def active(self, setting: Any) -> Iterator[None]:
         """Lets the patch act in this thread while the block lasts; may be nested."""
-        before = self._setting()
+        before = self.setting()
         with self._installed():
             self._local.setting = setting
             try:
@@ -43,7 +43,7 @@ class Patch:
         with self._lock:
             if self._users == 0:
                 self._original = getattr(self._owner, self._name)
-                setattr(self._owner, self._name, self._wrap(self._original, self._setting))
+                setattr(self._owner, self._name, self._wrap(self._original, self.setting))
             self._users += 1
         try:
             yield
@@ -53,7 +53,8 @@ class Patch:
                 if self._users == 0:
                     setattr(self._owner, self._name, self._original)
 
-    def _setting(self) -> Any:
+    def setting(self) -> Any:
+        """What the present thread asked for; None where it asked for nothing."""
         return getattr(self._local, "setting", None)
 
 

@@ -65,12 +65,19 @@ def make_dataset(
         isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1
     ):
         raise refuse("batch_size", batch_size, "an integer ≥ 1", "Leave it out for 32.")
+    if not isinstance(shuffle, bool | np.bool_):
+        raise refuse("shuffle", shuffle, "True or False", "True draws a new order every epoch.")
     if not is_array_data(x):
         _check_stream(x)
         _refuse_array_arguments(x, y, sample_weight, batch_size)
         return _prepare_stream(x)
     if isinstance(x, tuple) and y is None:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
+        x, y, own_weight = keras.utils.unpack_x_y_sample_weight(x)
+        if own_weight is not None and sample_weight is not None:
+            raise ValueError(
+                "Weights came both in the tuple and as sample_weight. Allowed: one of them. Leave one out."
+            )
+        sample_weight = own_weight if sample_weight is None else sample_weight
     data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
     # tf.data stacks a list into one tensor; a tuple stays a structure.
     data = keras.tree.lists_to_tuples(keras.tree.map_structure(_as_array, data, none_is_leaf=False))
@@ -192,7 +199,20 @@ def from_generator(generator: Iterator) -> tf.data.Dataset:
 
 
 def _as_batch(batch: Any) -> tuple:
-    return keras.tree.lists_to_tuples(batch if isinstance(batch, tuple) else (batch,))
+    if isinstance(batch, list):
+        raise ValueError(
+            "The generator yields lists. Allowed: arrays, dicts, and tuples (inputs,), (inputs, targets) or "
+            "(inputs, targets, sample_weights). Yield a tuple."
+        )
+    batch = batch if isinstance(batch, tuple) else (batch,)
+    while len(batch) > 1 and batch[-1] is None:
+        batch = batch[:-1]
+    if any(leaf is None for leaf in keras.tree.flatten(batch)):
+        raise ValueError(
+            "A batch of the generator has None inside. Allowed: None at its end. Leave it out, or pass a new "
+            "generator to fit as it is."
+        )
+    return keras.tree.lists_to_tuples(batch)
 
 
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -214,7 +234,7 @@ def is_array_data(x: Any) -> bool:
 
 
 def _as_array(leaf: Any) -> Any:
-    if isinstance(leaf, tf.Tensor):
+    if isinstance(leaf, tf.Tensor) and leaf.shape.rank != 0:
         return leaf
     array = np.asarray(leaf)
     if type(leaf).__module__.startswith("pandas"):
