@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfaccel.errors import refuse
 from tfaccel.fast_kernels.acceleration import accelerate, accelerate_at_compile, release
-from tfaccel.fast_kernels.kernels import Report, Settings
+from tfaccel.fast_kernels.settings import Report, Settings
 from tfaccel.keras_fixes import compile_checks
 from tfaccel.keras_fixes.compile_checks import is_distributed
 from tfaccel.keras_fixes.keras_distribution import check_no_keras_distribution

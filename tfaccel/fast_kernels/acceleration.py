@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import keras
 
-from tfaccel.fast_kernels.kernels import Kernels, Report, Settings
+from tfaccel.fast_kernels.kernels import Kernels
+from tfaccel.fast_kernels.settings import Report, Settings
 from tfaccel.keras_fixes.compile_checks import around_compile
 from tfaccel.keras_fixes.replica_step import is_replicated
 from tfaccel.keras_fixes.replica_xla import check_train_step

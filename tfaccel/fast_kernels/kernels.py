@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -24,6 +23,7 @@ from tfaccel.fast_kernels.functions import FastFunction, LoopClock
 from tfaccel.fast_kernels.prediction import PredictFunction, in_order, sliced
 from tfaccel.fast_kernels.proofs import Proofs
 from tfaccel.fast_kernels.resident import ATTRIBUTE, Pass, ResidentBatches
+from tfaccel.fast_kernels.settings import Report, Settings
 from tfaccel.fast_kernels.step_loop import OneDeviceStep, Step
 from tfaccel.fast_kernels.trial import Way
 from tfaccel.keras_fixes.chief_writes import only_chief_writes
@@ -42,25 +42,6 @@ from tfaccel.keras_fixes.replica_update import on_one_replica
 from tfaccel.keras_fixes.replica_xla import compiled_on_replica
 from tfaccel.keras_fixes.restored_epoch import forget_restored_epoch
 from tfaccel.keras_fixes.workers import is_multi_worker, same_order
-
-Report = MutableMapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What an `Accelerator` chose for the steps of the models that are compiled in its scope.
-
-    Args:
-        fused: Whether fused operations are tried, and data stay in memory.
-        xla: Whether the loop is compiled by XLA: True, False, or None to find out while it runs.
-        growing_calls: Whether a call into TensorFlow may run more than `model.steps_per_execution` steps.
-        synchronize: Whether BatchNormalization takes its statistics over all replicas.
-    """
-
-    fused: bool = True
-    xla: bool | None = None
-    growing_calls: bool = True
-    synchronize: bool = True
 
 
 class Kernels:
