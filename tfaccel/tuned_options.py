@@ -146,7 +146,7 @@ def signature(model: keras.Model, data: Any, devices: Devices, asked: Mapping[st
         asked: Arguments of the search.
     """
     layers = [
-        (type(layer).__name__, [(tuple(w.shape), w.dtype) for w in layer.weights])
+        (type(layer).__name__, _settings(layer), [(tuple(w.shape), w.dtype) for w in layer.weights])
         for layer in inner_layers(model)
     ]
     if isinstance(data, tf.data.Dataset):
@@ -157,13 +157,30 @@ def signature(model: keras.Model, data: Any, devices: Devices, asked: Mapping[st
     parts = (
         layers,
         type(model.optimizer).__name__,
-        str(model.loss),
+        [_described(loss) for loss in keras.tree.flatten(model.loss)],
         form,
         (str(devices), os.cpu_count()),
         (tf.__version__, keras.__version__, FORMAT),
         sorted(asked.items()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def _settings(layer: keras.layers.Layer) -> Any:
+    """Of a layer with none inside, whose names would be in it; they count up in a process."""
+    if len(inner_layers(layer)) > 1:
+        return None
+    try:
+        return {name: value for name, value in layer.get_config().items() if name != "name"}
+    except NotImplementedError:
+        return None
+
+
+def _described(loss: Any) -> Any:
+    """Without the address in memory that an object's `repr` has."""
+    if isinstance(loss, keras.losses.Loss):
+        return type(loss).__name__, loss.get_config()
+    return getattr(loss, "__qualname__", loss)
 
 
 def cache_file(key: str) -> pathlib.Path:

@@ -59,8 +59,8 @@ def tune(
         epochs: Of the run that you plan; compiling is counted against it. Default 10.
         steps_per_epoch: Batches an epoch, for data of unknown length.
         strategy: As for `Accelerator`.
-        cache: Whether an earlier outcome for this model, data, machine and versions is taken, and this one
-            kept, in `~/.cache/tfaccel/tuned`. Default True.
+        cache: Whether an earlier outcome for this model, data, budget, machine and versions is taken, and
+            this one kept, in `~/.cache/tfaccel/tuned`. Default True.
         verbose: 1 prints a line for each trial; 0 is silent. Default 1.
 
     Returns:
@@ -92,7 +92,7 @@ def tune(
     sizes = sizes or ([32] if sample.arrays else [None])
     with random_state_kept(), layer_names_kept():
         search = Search(build_model, sample, strategy, epochs, budget_s, verbose)
-        asked = {"sizes": sizes, "steps": sample.steps(sizes[0]), "epochs": epochs}
+        asked = {"sizes": sizes, "steps": sample.steps(sizes[0]), "epochs": epochs, "budget_s": budget_s}
         asked["strategy"] = str(strategy)
         search.begin(plain(search.devices, sizes[0]))
         form = sample.first(1, sizes[0])

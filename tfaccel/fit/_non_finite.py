@@ -62,9 +62,8 @@ class NonFiniteWatch:
                 return loss
             # A train_step of the user's may leave it out.
             inputs = keras.utils.unpack_x_y_sample_weight(self._step.data)[0] if x is None else x
-            bad = tf.logical_and(
-                self._at.value < 0, tf.logical_not(tf.math.is_finite(tf.cast(loss, tf.float32)))
-            )
+            finite = tf.reduce_all(tf.math.is_finite(tf.cast(loss, tf.float32)))  # reduction=None has several
+            bad = tf.logical_and(self._at.value < 0, tf.logical_not(finite))
             # A call that is not inlined is one node where there is nothing to inspect; the layers' operations
             # would each be skipped by itself, which took a sixth of a small step.
             inspect = tf.function(self._inspect, autograph=False, experimental_attributes={"_noinline": True})

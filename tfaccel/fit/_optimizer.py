@@ -14,7 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from tfaccel.fit._state import beside
 
 Curve = Callable[[Any], Any]
 
@@ -41,6 +44,7 @@ def drive(
     momentum: Curve | None,
     start: int,
     resting_learning_rate: float,
+    strategy: tf.distribute.Strategy,
 ) -> Callable[[], None]:
     """Makes each update use `learning_rate(step)` and `momentum(step)`; gives back the undo.
 
@@ -50,15 +54,20 @@ def drive(
         momentum: The same for momentum, or None to leave it alone.
         start: The value of `optimizer.iterations` that counts as step 0.
         resting_learning_rate: What the undo puts back, unless the user has set another meanwhile.
+        strategy: Of the model.
     """
     original = optimizer.apply
+    with strategy.scope():
+        driven = beside(np.full([], math.nan, "float32"))  # what the last update took
     name = momentum_name(optimizer) if momentum is not None else None
     resting_momentum = getattr(optimizer, name) if name else 0.0
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
         step = tf.cast(optimizer.iterations, tf.float32) - float(start)
         variable = optimizer.learning_rate
-        variable.assign(tf.cast(learning_rate(step), variable.dtype))
+        rate = tf.cast(learning_rate(step), variable.dtype)
+        variable.assign(rate)
+        driven.assign(tf.cast(rate, tf.float32))
         if name is None or momentum is None:
             return original(grads, trainable_variables)
         value = momentum(step)
@@ -72,11 +81,8 @@ def drive(
 
     def undo() -> None:
         del optimizer.apply
-        now = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-        step = float(keras.ops.convert_to_numpy(optimizer.iterations)) - start
-        # The last update was asked for this step, or for the one before.
-        driven = [float(learning_rate(tf.constant(s, tf.float32))) for s in (step, step - 1)]
-        if any(math.isclose(now, value, rel_tol=1e-3, abs_tol=1e-12) for value in driven):
+        now, last = (float(keras.ops.convert_to_numpy(each)) for each in (optimizer.learning_rate, driven))
+        if now == last:
             optimizer.learning_rate = resting_learning_rate
 
     optimizer.apply = apply

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,8 @@ class Masks:
 
     def __init__(self, model: keras.Model, weights: list[Pruned], pattern: Pattern, plan: Plan, start: int):
         self.model, self.weights, self.pattern, self.plan, self.start = model, weights, pattern, plan, start
+        self._graph: Callable[[], Any] | None = None  # of the step that is being traced
+        self._updated: set[int] = set()  # ids of the weights that it has updated
         self.in_steps = False  # outside of a step masks are held, but none are made
 
     def begin(self, done: int) -> None:
@@ -182,15 +185,27 @@ class Masks:
 
     def updates(self) -> list[tuple[keras.Variable, Callable[[Any], Any]]]:
         """What each weight is given after an update, for `WeightUpdates`."""
-        return [(each.variable, self._update(each, each is self.weights[0])) for each in self.weights]
+        return [(each.variable, self._update(each)) for each in self.weights]
 
-    def _update(self, weight: Pruned, first: bool) -> Callable[[Any], Any]:
+    def _update(self, weight: Pruned) -> Callable[[Any], Any]:
         def update(value: Any) -> Any:
-            if self.in_steps and first:
+            if self.in_steps and self._begins_a_step(weight):
                 self._step()
             return weight.hold(value)
 
         return update
+
+    def _begins_a_step(self, weight: Pruned) -> bool:
+        """Whether a weight is the first one that a step updates: a step may leave some out.
+
+        Seen in the order in which updates are traced: what comes again, or in another graph, begins another.
+        """
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        begins = graph is not (self._graph and self._graph()) or id(weight) in self._updated
+        if begins:
+            self._graph, self._updated = graph and weakref.ref(graph), set()
+        self._updated.add(id(weight))
+        return begins or len(self._updated) == 1
 
     def _step(self) -> None:
         for each in self.weights:

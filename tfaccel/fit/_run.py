@@ -120,3 +120,10 @@ def updates_with_this_one(optimizer: keras.optimizers.Optimizer) -> tuple[Any, A
     calls = tf.cast(next(v for v in inner.variables if v.name == "iteration").value, tf.int64) + 1
     each = inner.gradient_accumulation_steps or 1
     return calls // each, tf.equal(calls % each, 0)
+
+
+def check_alone(callback: keras.callbacks.Callback) -> None:
+    """Raises ValueError where two callbacks of the same class run in a fit."""
+    if sum(type(other) is type(callback) for other in siblings(callback)) > 1:
+        name = type(callback).__name__
+        raise ValueError(f"Two {name} run in this fit. Allowed: one. Put what both say into one dict.")

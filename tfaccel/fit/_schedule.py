@@ -85,6 +85,7 @@ class ScheduleCallback(keras.callbacks.Callback):
             along(self.momentum_at) if has_momentum and momentum_name(optimizer) else None,
             start=iterations - int(per_epoch * epoch),
             resting_learning_rate=self._resting_learning_rate,
+            strategy=self.model.distribute_strategy,
         )
         self._attachment = Attachment(self.model, undo)
 

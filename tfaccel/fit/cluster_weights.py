@@ -47,7 +47,8 @@ class ClusterWeights(keras.callbacks.Callback):
     A cluster's value is the mean of its members. Behind the scenes each member goes on moving by its own
     gradient, and now and then joins the cluster that it has come nearest to. It all happens in the compiled
     step, so it holds under `steps_per_execution`, XLA, gradient accumulation, mixed precision and every
-    strategy. Behind the last step the model is a plain one: nothing is to be stripped.
+    strategy. A constraint of the layer's own comes first: means may lie a little outside of it. Behind the
+    last step the model is a plain one: nothing is to be stripped.
 
     Args:
         num_clusters: Different values a layer, from 2 to 65,536; zero is one of them where sparsity is

@@ -30,7 +30,7 @@ class CompressionRow:
         shape: Its shape.
         sparsity: The share of zeros in it, 0..1.
         clusters: How many different values it has, zero among them.
-        bits: What one of its values needs: the logarithm of `clusters`, rounded up.
+        bits: What one of its values needs: the logarithm of `clusters`, rounded up; at least 1.
         size_bytes: As it is.
         compressed_bytes: Deflated, as in a zip file.
         skipped: Why a technique left it alone, or an empty text.

@@ -107,7 +107,8 @@ class _Finder(keras.callbacks.Callback):
         def rising(step: Any) -> Any:
             return tf.exp(low + (high - low) * tf.minimum(step / (self._steps - 1), 1.0))
 
-        undo = [drive(optimizer, rising, None, start, rate), self._note_losses(start)]
+        strategy = self.model.distribute_strategy
+        undo = [drive(optimizer, rising, None, start, rate, strategy), self._note_losses(start)]
 
         self._attachment = Attachment(self.model, undo_all(undo))
 
@@ -120,7 +121,7 @@ class _Finder(keras.callbacks.Callback):
             step = tf.cast(optimizer.iterations, tf.int32) - start
             here = tf.one_hot(step, self._steps)
             # Keras divides what it gives the gradient by the number of replicas.
-            self._sums.assign(self._sums + here * replicas * tf.cast(loss, tf.float32))
+            self._sums.assign(self._sums + here * replicas * tf.reduce_mean(tf.cast(loss, tf.float32)))
             self._counts.assign(self._counts + here)
             return loss
 

@@ -17,9 +17,8 @@ import keras
 from tfaccel.errors import is_number, refuse
 from tfaccel.fit._layer_groups import by_depth, check_built, chosen_layers, own_variables
 from tfaccel.fit._optimizer import inner_optimizer
-from tfaccel.fit._run import check_updates, updates_done
+from tfaccel.fit._run import check_alone, check_updates, updates_done
 from tfaccel.fit._session import Attachment, detach_leftovers
-from tfaccel.keras_fixes.callback_siblings import siblings
 from tfaccel.keras_fixes.variable_updates import scale_learning_rates
 from tfaccel.selection import Selector, check_selector
 
@@ -128,10 +127,3 @@ class LayerLearningRates(keras.callbacks.Callback):
     def __repr__(self) -> str:
         """The call that makes the same callback."""
         return f"LayerLearningRates({self.layers!r}, decay={self.decay})"
-
-
-def check_alone(callback: keras.callbacks.Callback) -> None:
-    """Raises ValueError where two callbacks of the same class run in a fit."""
-    if sum(type(other) is type(callback) for other in siblings(callback)) > 1:
-        name = type(callback).__name__
-        raise ValueError(f"Two {name} run in this fit. Allowed: one. Put what both say into one dict.")

@@ -59,8 +59,9 @@ class OneCycle(_Peaked):
     """Trains with one rise and one fall of the learning rate over the whole `fit`.
 
     Use it to reach an accuracy in few epochs: a peak 3 to 10 times the constant rate you would take.
-    Momentum (or `beta_1`) falls while the learning rate rises, and the reverse, where the optimizer has
-    it as a number. The optimizer keeps its own learning rate and momentum once `fit` is over.
+    `beta_1`, or the momentum of SGD, falls while the learning rate rises, and the reverse, where it is a
+    number; other optimizers keep theirs. The optimizer keeps its own learning rate and momentum once `fit`
+    is over.
 
     Args:
         max_learning_rate: The peak; > 0.
@@ -205,9 +206,9 @@ class LearningRate(ScheduleCallback):
         steps_per_epoch: Batches an epoch; only for data of unknown length. Default: asked of `fit`.
 
     Raises:
-        ValueError: At construction for a bad argument; when `fit` begins, where the schedule is longer than
-            the run, the number of steps can't be told, the optimizer has a compiled-in schedule, or
-            another callback also sets the learning rate; after an epoch, where the plateau's figure is
+        ValueError: At construction for a bad argument; when `fit` begins, where a warmup or a joined part is
+            longer than the run, the number of steps can't be told, the optimizer has a compiled-in schedule,
+            or another callback also sets the learning rate; after an epoch, where the plateau's figure is
             not in the logs.
 
     Example:

@@ -147,10 +147,11 @@ class PlateauState:
         value = float(logs[rule.monitor])
         up = rises(self._model, rule.monitor) if rule.mode == "auto" else rule.mode == "max"
         best = now["best"]
-        better = best is None or (value > best + rule.min_delta if up else value < best - rule.min_delta)
+        gain = math.inf if best is None else value - best if up else best - value
+        better = not math.isnan(value) and gain > rule.min_delta
         now["cooling"] = max(now["cooling"] - 1, 0)
         now["waited"] = 0 if now["cooling"] or better else now["waited"] + 1
-        if better and not math.isnan(value):
+        if better:
             now["best"] = value
         if now["waited"] >= rule.patience:
             now["factor"] = max(now["factor"] * rule.factor, rule.least)

@@ -36,7 +36,7 @@ from tfaccel.fit._choice import (
     skipped_weights,
 )
 from tfaccel.fit._rounded_weights import RoundedWeight, read_rounded
-from tfaccel.fit._run import check_begin_epoch, check_order
+from tfaccel.fit._run import check_alone, check_begin_epoch, check_order
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.fit.cluster_weights import ClusterWeights
 from tfaccel.fit.compression_report import CompressionReport, compression_report
@@ -148,6 +148,7 @@ class QuantizeAware(keras.callbacks.Callback):
         """Checks, before the first step, that the model can be trained so."""
         self._forget()
         self.report = None
+        check_alone(self)
         check_order(self)
         check_begin_epoch(self)
         if self.freeze_norms_epoch is not None and self.freeze_norms_epoch >= self.params["epochs"]:

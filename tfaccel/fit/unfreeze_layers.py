@@ -19,10 +19,9 @@ from tfaccel.errors import is_number, refuse
 from tfaccel.fit._joined_schedules import check_unit, share_of_run
 from tfaccel.fit._layer_groups import by_depth, check_built, chosen_layers, opened, own_variables
 from tfaccel.fit._optimizer import inner_optimizer
-from tfaccel.fit._run import updates_done, updates_per_epoch
+from tfaccel.fit._run import check_alone, updates_done, updates_per_epoch
 from tfaccel.fit._session import Attachment, detach_leftovers
 from tfaccel.fit.cluster_weights import ClusterWeights
-from tfaccel.fit.layer_learning_rates import check_alone
 from tfaccel.fit.prune_weights import PruneWeights
 from tfaccel.keras_fixes.callback_siblings import siblings
 from tfaccel.keras_fixes.inner_layers import inner_layers
@@ -41,8 +40,9 @@ class UnfreezeLayers(keras.callbacks.Callback):
     Frozen means what it means in Keras: `layer.trainable = False`; batch normalization runs as in inference,
     the optimizer leaves the weights and its own state for them alone. Adam corrects the first updates of a
     layer that joins as it does those of a run. When the fit is over every layer is as trainable as it was
-    before; behind an interrupted one that is so from the next `fit` on, or from `restore()` on. A file that
-    is saved meanwhile says of its layers what they are then.
+    before; behind an interrupted one that is so from the next `fit`, `evaluate` or `predict` on, or from
+    `restore()` on, which goes before flags that you set yourself. A file that is saved meanwhile says of its
+    layers what they are then.
 
     Args:
         layers: A dict from layers (a name, a class, or a function of a layer) to the moment at which they
@@ -177,7 +177,7 @@ class UnfreezeLayers(keras.callbacks.Callback):
             for first in joined:
                 self._correct_resumed(epoch, first)
             self._freezing.freeze(epoch)
-            self._attachment = Attachment(self.model, self._take_off)
+            self._attachment = Attachment(self.model, _taking_off(self._freezing, self._corrections))
             return
         joining = [layer.name for layer, first, _ in self._moments if first == epoch]
         if epoch in self._first.values():
@@ -209,11 +209,6 @@ class UnfreezeLayers(keras.callbacks.Callback):
         late = late_start(optimizer, update)
         self._corrections.append(scale_learning_rates(optimizer, {id(v): late for v in variables}, False))
 
-    def _take_off(self) -> None:
-        self._freezing.restore()
-        for undo in self._corrections:
-            undo()
-
     def restore(self) -> None:
         """Leaves every layer as trainable as it was; of use behind a fit that was interrupted."""
         if self._attachment is not None:
@@ -231,6 +226,17 @@ class UnfreezeLayers(keras.callbacks.Callback):
     def __repr__(self) -> str:
         """The call that makes the same callback."""
         return f"UnfreezeLayers({self.layers!r}, unit={self.unit!r}, verbose={self.verbose})"
+
+
+def _taking_off(freezing: _Freezing, corrections: list[Callable[[], None]]) -> Callable[[], None]:
+    """The undo of one `fit`: the callback may be in another one by then."""
+
+    def take_off() -> None:
+        freezing.restore()
+        for undo in corrections:
+            undo()
+
+    return take_off
 
 
 class _Freezing:

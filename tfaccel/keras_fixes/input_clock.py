@@ -20,6 +20,8 @@ numbers that takes longer than to compute them. The stage's functions run in the
 from __future__ import annotations
 
 import inspect
+import sys
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -115,6 +117,22 @@ def count_examples(batch: Any) -> tf.Tensor:
 def running_epoch_iterator() -> Any:
     """What `fit` draws its batches from, found from inside a hook; None outside of a `fit`."""
     return _local_of_fit("epoch_iterator")
+
+
+def is_running(drawn_from: Any) -> bool:
+    """Whether the `fit` that has this epoch iterator is on the call stack of any thread.
+
+    One that was interrupted may be alive all the same: a traceback keeps it.
+    """
+    for frame in sys._current_frames().values():
+        walked: types.FrameType | None = frame
+        while walked is not None:
+            code = walked.f_code
+            has_one = "epoch_iterator" in (*code.co_varnames, *code.co_cellvars)
+            if has_one and walked.f_locals.get("epoch_iterator") is drawn_from:
+                return True
+            walked = walked.f_back
+    return False
 
 
 def validation_comes() -> bool:

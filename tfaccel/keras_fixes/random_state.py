@@ -48,6 +48,8 @@ def random_state_kept() -> Iterator[None]:
             context.set_global_seed(seed)
         if operation_state is not None:
             context.context()._rng.setstate(operation_state)
+            # Each eager operation has a kernel by its seed, which goes on where the block left it.
+            context.context().clear_kernel_cache()
         stateful_random_ops.global_generator = generator
         if generator is not None:
             generator.state.assign(generated)

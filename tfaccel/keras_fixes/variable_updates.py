@@ -25,8 +25,6 @@ import tensorflow as tf
 Factor = float | Callable[[], Any]
 DECAYS = ("weight_decay", "adam_weight_decay")  # the second one is Muon's
 
-_seams: weakref.WeakKeyDictionary[Any, _Seam] = weakref.WeakKeyDictionary()
-
 
 def scale_learning_rates(
     optimizer: keras.optimizers.Optimizer, factors: Mapping[int, Factor], decay: bool = True
@@ -41,9 +39,8 @@ def scale_learning_rates(
             step. All others keep the learning rate.
         decay: Whether weight decay takes the multiple too; not for functions.
     """
-    seam = _seams.get(optimizer)
-    if seam is None:
-        seam = _seams[optimizer] = _Seam(optimizer)
+    # Kept by what stands on the optimizer: a table would keep it alive, as factors may ask it.
+    seam = getattr(vars(optimizer).get("_backend_update_step"), "seam", None) or _Seam(optimizer)
     entry = (dict(factors), decay)
     seam.entries.append(entry)
 
@@ -51,7 +48,6 @@ def scale_learning_rates(
         seam.entries.remove(entry)
         if not seam.entries:
             seam.remove()
-            del _seams[optimizer]
 
     return undo
 
@@ -97,6 +93,7 @@ class _Seam:
                     for name, rate in rates.items():
                         setattr(optimizer, name, rate)
 
+        update_scaled.seam = self  # type: ignore[attr-defined]
         optimizer._backend_update_step, optimizer._apply_weight_decay = update_scaled, decay_scaled
         self._optimizer = reference
 
