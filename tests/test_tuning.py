@@ -264,6 +264,28 @@ def test_what_decides_a_search(small):
     assert again in keys
 
 
+def test_settings_of_layers_decide_too_and_addresses_of_losses_do_not():
+    def key(strides=1, loss="mse"):
+        sequence = [keras.layers.Conv2D(2, 3, strides), keras.layers.GlobalAveragePooling2D()]
+        model = keras.Sequential([keras.Input((8, 8, 1)), *sequence])
+        model.compile("sgd", loss)
+        data = np.zeros((4, 8, 8, 1)), np.zeros((4, 2))
+        return tuned_options.signature(model, data, Devices.find(), {})
+
+    assert key() == key()
+    assert key(2) != key(1)
+    made = keras.losses.MeanSquaredError
+    assert key(loss=made()) == key(loss=made())
+    assert key(loss=made(reduction="sum")) != key(loss=made())
+
+
+def test_a_search_that_had_less_time_is_not_taken(small, one_way):
+    hurried = tune(builder(), small, budget_s=1e-3)
+    assert len(tune(builder(), small).rows) >= len(hurried.rows)
+    assert any("not tried" in row.note for row in hurried.rows)
+    assert not any("not tried" in row.note for row in tune(builder(), small).rows)
+
+
 def test_a_home_that_can_not_be_written_to(small, one_way, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -68,6 +68,13 @@ def test_it_falls_where_keras_own_does(seed, cooldown, mode):
     assert len(set(ours)) > 1
 
 
+def test_a_first_figure_that_is_no_number_is_waited_for():
+    given = {"monitor": "val_loss", "factor": 0.5, "patience": 2}
+    rate = tfaccel.LearningRate(0.1, schedules.constant(), plateau=Plateau(**given))
+    found = rates([np.nan, np.nan, 0.7, 0.6], rate)
+    np.testing.assert_allclose(found, [0.1, 0.1, 0.05, 0.05], rtol=1e-6)  # as ReduceLROnPlateau
+
+
 def test_it_multiplies_the_schedule():
     values = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     shape = schedules.linear()

@@ -158,8 +158,8 @@ class FastFunction:
             return logs
         except tf.errors.OpError:
             raise  # it was traced, and has run
-        # Whatever the user's code raises while it is traced: it may have asked how many rows a batch has, as a
-        # loss with an identity matrix of that size does. Keras knows it where all batches are whole.
+        # Whatever the user's code raises while it is traced: it may have asked how many rows a batch has, as
+        # a loss with an identity matrix of that size does. Keras knows it where all batches are whole.
         except Exception:
             pass
         del self._programs[key]
