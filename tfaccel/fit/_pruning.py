@@ -201,11 +201,12 @@ class Masks:
         Seen in the order in which updates are traced: what comes again, or in another graph, begins another.
         """
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        begins = graph is not (self._graph and self._graph()) or id(weight) in self._updated
+        same_graph = graph is (self._graph and self._graph())
+        begins = not self._updated or not same_graph or id(weight) in self._updated
         if begins:
             self._graph, self._updated = graph and weakref.ref(graph), set()
         self._updated.add(id(weight))
-        return begins or len(self._updated) == 1
+        return begins
 
     def _step(self) -> None:
         for each in self.weights:

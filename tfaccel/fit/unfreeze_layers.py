@@ -16,6 +16,7 @@ from typing import Any
 import keras
 
 from tfaccel.errors import is_number, refuse
+from tfaccel.fit._calls import undo_all
 from tfaccel.fit._joined_schedules import check_unit, share_of_run
 from tfaccel.fit._layer_groups import by_depth, check_built, chosen_layers, opened, own_variables
 from tfaccel.fit._optimizer import inner_optimizer
@@ -173,11 +174,12 @@ class UnfreezeLayers(keras.callbacks.Callback):
             if not joined and not any(first > epoch for first in self._first.values()):
                 return
             self._freezing = _Freezing(self.model, self._first)
-            self._corrections: list[Callable[[], None]] = []
+            # Of this fit: the callback may be in another one before it comes off.
+            self._undo: list[Callable[[], None]] = [self._freezing.restore]
             for first in joined:
                 self._correct_resumed(epoch, first)
             self._freezing.freeze(epoch)
-            self._attachment = Attachment(self.model, _taking_off(self._freezing, self._corrections))
+            self._attachment = Attachment(self.model, undo_all(self._undo))
             return
         joining = [layer.name for layer, first, _ in self._moments if first == epoch]
         if epoch in self._first.values():
@@ -207,7 +209,7 @@ class UnfreezeLayers(keras.callbacks.Callback):
     def _start_at(self, update: int, variables: list[keras.Variable]) -> None:
         optimizer = inner_optimizer(self.model.optimizer)
         late = late_start(optimizer, update)
-        self._corrections.append(scale_learning_rates(optimizer, {id(v): late for v in variables}, False))
+        self._undo.append(scale_learning_rates(optimizer, {id(v): late for v in variables}, False))
 
     def restore(self) -> None:
         """Leaves every layer as trainable as it was; of use behind a fit that was interrupted."""
@@ -226,17 +228,6 @@ class UnfreezeLayers(keras.callbacks.Callback):
     def __repr__(self) -> str:
         """The call that makes the same callback."""
         return f"UnfreezeLayers({self.layers!r}, unit={self.unit!r}, verbose={self.verbose})"
-
-
-def _taking_off(freezing: _Freezing, corrections: list[Callable[[], None]]) -> Callable[[], None]:
-    """The undo of one `fit`: the callback may be in another one by then."""
-
-    def take_off() -> None:
-        freezing.restore()
-        for undo in corrections:
-            undo()
-
-    return take_off
 
 
 class _Freezing:
