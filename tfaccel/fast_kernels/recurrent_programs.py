@@ -1,9 +1,17 @@
-"""The sequences of `fused_recurrent`, forwards and backwards, in the form that XLA compiles well."""
+"""The sequences of `fused_recurrent`, forwards and backwards, in the form that XLA compiles well.
+
+A step of a sequence has to wait for one matrix product and for what stands between it and the next; all else
+is done for all steps at once. The inputs' product comes before the loop. The gradient of a step is linear in
+the gradients that arrive at its state, so the loop forwards keeps the factors, while the gates are at hand,
+and the loop backwards only multiplies by them and by the recurrent weights; the gradients of the weights are
+one product over all steps and samples after it. An array is read and written at the same place, which XLA
+does in place. Steps come first and units last: a gate is a part of each row.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +20,12 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One sequence, forwards and backwards. Shapes: inputs `(steps, features, samples)`, states `(units,
-    samples)`, weights as Keras has them.
+    """One sequence, forwards and backwards. Shapes: inputs `(samples, steps, features)`, states `(samples,
+    units)`, weights as Keras has them.
 
-    `forward` gives `(results, last states, ...)`, of which `backward` takes the rest back: results are the
-    outputs (the last one, or all), then the states. `backward` gives the gradients of the weights, of the
-    states and, if wanted, of the inputs.
+    `forward` gives `(results, ...)`, of which `backward` takes the rest back: results are the outputs (the
+    last one, or all), then the states. `backward` gives the gradients of the weights, of the states and, if
+    wanted, of the inputs.
     """
 
     units: int
@@ -26,18 +34,59 @@ class Program:
 
     def _outputs(self, h: tf.Tensor, before: tf.Tensor) -> tf.Tensor:
         """All outputs from the states that the steps began with, or the last one."""
-        return tf.concat([before[1:], h[None]], 0) if self.all_outputs else h
+        return _swapped(tf.concat([before[1:], h[None]], 0)) if self.all_outputs else h
 
-    def _arrays(self, x: tf.Tensor, *rows: int) -> list[tf.TensorArray]:
-        steps, _, samples = x.shape
-        return [tf.TensorArray(tf.float32, steps, element_shape=[r, samples]) for r in rows]
-
-    def _upstream(self, upstream: list[tf.Tensor]) -> tuple[tf.Tensor | None, list[tf.Tensor]]:
-        """The gradient that each step's output gets, if they do, and those that the last states get."""
+    def _upstream(
+        self, upstream: Sequence[tf.Tensor]
+    ) -> tuple[Callable[[tf.Tensor, tf.Tensor], tf.Tensor], list[tf.Tensor]]:
+        """What adds the gradient of a step's output, if it has one, and the gradients of the last states."""
         outputs, *states = upstream
-        if self.all_outputs:
-            return outputs, states
-        return None, [states[0] + outputs, *states[1:]]
+        if not self.all_outputs:
+            return lambda dh, step: dh, [states[0] + outputs, *states[1:]]
+        each = _swapped(outputs)
+        return lambda dh, step: dh + each[step], states
+
+    def _of_inputs(self, d: tf.Tensor, kernel: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+        """The gradient of the inputs, if wanted, from that of their product."""
+        if not self.wants_inputs:
+            return tf.zeros([])
+        samples, steps, features = x.shape
+        product = tf.matmul(_rows(d), kernel, transpose_b=True)
+        return _swapped(tf.reshape(product, [steps, samples, features]))
+
+
+def _swapped(x: tf.Tensor) -> tf.Tensor:
+    """Steps and samples."""
+    return tf.transpose(x, [1, 0, 2])
+
+
+def _rows(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, [-1, x.shape[-1]])
+
+
+def _of_weights(inputs: tf.Tensor, d: tf.Tensor) -> tf.Tensor:
+    """The gradient of a matrix, from its inputs and the gradients of its products in all steps."""
+    return tf.matmul(_rows(inputs), _rows(d), transpose_a=True)
+
+
+def _input_product(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+    """For all steps: `(steps, samples, gates)`."""
+    samples, steps, _ = x.shape
+    return tf.reshape(tf.matmul(_rows(_swapped(x)), kernel) + bias, [steps, samples, kernel.shape[1]])
+
+
+def _by_gate(values: Sequence[float], units: int) -> tf.Tensor:
+    return tf.constant(np.repeat(np.asarray(values, "float32"), units))
+
+
+def _array(values: tf.Tensor) -> tf.TensorArray:
+    """One that holds the values, a step each."""
+    steps, *shape = values.shape
+    return tf.TensorArray(tf.float32, steps, element_shape=shape, clear_after_read=False).unstack(values)
+
+
+def _empty(steps: int, like: tf.Tensor, count: int) -> list[tf.TensorArray]:
+    return [tf.TensorArray(tf.float32, steps, element_shape=like.shape) for _ in range(count)]
 
 
 def _loop(steps: int, body: Callable[..., Any], first: list[Any], backwards: bool = False) -> list[Any]:
@@ -48,17 +97,12 @@ def _loop(steps: int, body: Callable[..., Any], first: list[Any], backwards: boo
         lambda step, *_: tf.not_equal(step, end),
         lambda step, *carried: [step + by, *body(step, *carried)],
         [start, *first],
-        maximum_iterations=steps,
     )
     return result[1:]
 
 
 class Lstm(Program):
     """Gates in Keras's order: input, forget, candidate, output."""
-
-    def _halves(self) -> tf.Tensor:
-        """sigmoid(x) = 0.5 tanh(0.5 x) + 0.5: one tanh serves all gates."""
-        return tf.constant(np.repeat([0.5, 0.5, 1.0, 0.5], self.units)[:, None].astype("float32"))
 
     def forward(
         self,
@@ -70,20 +114,25 @@ class Lstm(Program):
         c: tf.Tensor,
     ) -> Any:
         """All steps; `Program` says what comes back."""
-        half = self._halves()
-        weights = tf.transpose(tf.concat([kernel, recurrent], 0)) * half
-        shift = bias[:, None] * half
+        # sigmoid(x) = 0.5 tanh(0.5 x) + 0.5: one tanh serves all gates.
+        half = _by_gate([0.5, 0.5, 1, 0.5], self.units)
+        candidate = _by_gate([0, 0, 1, 0], self.units)
+        product, recurrent = _input_product(x, kernel * half, bias * half), recurrent * half
 
-        def step(t: tf.Tensor, h: tf.Tensor, c: tf.Tensor, gates: Any, hs: Any, cs: Any) -> list[Any]:
-            gate = tf.tanh(tf.matmul(weights, tf.concat([x[t], h], 0)) + shift) * half + (1 - half)
-            i, f, g, o = tf.split(gate, 4, 0)
+        def step(t: tf.Tensor, h: tf.Tensor, c: tf.Tensor, to_gates: Any, *arrays: Any) -> list[Any]:
+            gates = tf.tanh(to_gates.read(t) + tf.matmul(h, recurrent)) * half + (1 - half)
+            i, f, g, o = tf.split(gates, 4, 1)
             new = f * c + i * g
-            return [o * tf.tanh(new), new, gates.write(t, gate), hs.write(t, h), cs.write(t, c)]
+            squashed = tf.tanh(new)
+            # What the gates are multiplied by, and their slopes: 1 - g² is (1 - g) (g + 1).
+            factors = tf.concat([g, c, i, squashed], 1) * ((1 - gates) * (gates + candidate))
+            kept = zip(arrays, (o * (1 - squashed * squashed), f, h), strict=True)
+            return [o * squashed, new, to_gates.write(t, factors), *(a.write(t, v) for a, v in kept)]
 
-        arrays = self._arrays(x, 4 * self.units, self.units, self.units)
-        h, c, *arrays = _loop(x.shape[0], step, [h, c, *arrays])
-        gates, hs, cs = (array.stack() for array in arrays)
-        return [self._outputs(h, hs), h, c], gates, hs, cs
+        steps = x.shape[1]
+        h, c, *arrays = _loop(steps, step, [h, c, _array(product), *_empty(steps, h, 3)])
+        to_gates, to_c, forgets, hs = (array.stack() for array in arrays)
+        return [self._outputs(h, hs), h, c], to_gates, to_c, forgets, hs
 
     def backward(
         self,
@@ -93,69 +142,54 @@ class Lstm(Program):
         recurrent: tf.Tensor,
         bias: tf.Tensor,
         results: list[tf.Tensor],
-        gates: tf.Tensor,
+        to_gates: tf.Tensor,
+        to_c: tf.Tensor,
+        forgets: tf.Tensor,
         hs: tf.Tensor,
-        cs: tf.Tensor,
     ) -> Any:
         """The gradients, from those that the results got."""
-        each, (dh, dc) = self._upstream(upstream)
-        weights = tf.concat([kernel, recurrent], 0)
+        with_outputs, (dh, dc) = self._upstream(upstream)
+        back = tf.transpose(recurrent)
 
-        def step(t: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor, c: tf.Tensor, *sums: Any) -> list[Any]:
-            d_weights, d_bias, *d_inputs = sums
-            i, f, g, o = tf.split(gates[t], 4, 0)
-            squashed, before = tf.tanh(c), cs[t]
-            dh = dh if each is None else dh + each[t]
-            dc += dh * o * (1 - squashed * squashed)
-            d_gates = [dc * g * i * (1 - i), dc * before * f * (1 - f)]
-            d_gates += [dc * i * (1 - g * g), dh * squashed * o * (1 - o)]
-            d = tf.concat(d_gates, 0)
-            d_weights += tf.matmul(tf.concat([x[t], hs[t]], 0), d, transpose_b=True)
-            d_inputs = [array.write(t, tf.matmul(kernel, d)) for array in d_inputs]
-            return [
-                tf.matmul(recurrent, d),
-                dc * f,
-                before,
-                d_weights,
-                d_bias + tf.reduce_sum(d, 1),
-                *d_inputs,
-            ]
+        def step(t: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor, factors: Any) -> list[Any]:
+            dh = with_outputs(dh, t)
+            dc += dh * to_c[t]
+            d = tf.concat([dc, dc, dc, dh], 1) * factors.read(t)
+            return [tf.matmul(d, back), dc * forgets[t], factors.write(t, d)]
 
-        wanted = self._arrays(x, x.shape[1]) if self.wants_inputs else []
-        first = [dh, dc, results[2], tf.zeros_like(weights), tf.zeros_like(bias), *wanted]
-        dh, dc, _, d_weights, d_bias, *d_inputs = _loop(x.shape[0], step, first, backwards=True)
-        d_kernel, d_recurrent = tf.split(d_weights, [x.shape[1], self.units], 0)
-        given = d_inputs[0].stack() if d_inputs else tf.zeros([])
-        return [d_kernel, d_recurrent, d_bias], [dh, dc], given
+        dh, dc, array = _loop(x.shape[1], step, [dh, dc, _array(to_gates)], backwards=True)
+        d = array.stack()
+        weights = [_of_weights(_swapped(x), d), _of_weights(hs, d), tf.reduce_sum(d, [0, 1])]
+        return weights, [dh, dc], self._of_inputs(d, kernel, x)
 
 
 class Gru(Program):
     """Gates in Keras's order: update, reset, candidate; the reset acts after the recurrent product."""
 
-    def _halves(self) -> tf.Tensor:
-        return tf.constant(np.repeat([0.5, 0.5, 1.0], self.units)[:, None].astype("float32"))
-
     def forward(
         self, x: tf.Tensor, kernel: tf.Tensor, recurrent: tf.Tensor, bias: tf.Tensor, h: tf.Tensor
     ) -> Any:
         """All steps; `Program` says what comes back."""
-        half, two = self._halves(), 2 * self.units
-        of_input, of_state = tf.transpose(kernel) * half, tf.transpose(recurrent) * half
-        shift, inner_shift = bias[0][:, None] * half, bias[1][:, None] * half
+        two = 2 * self.units
+        half = _by_gate([0.5, 0.5, 1], self.units)
+        product, recurrent = _input_product(x, kernel * half, bias[0] * half), recurrent * half
+        shift = bias[1] * half
 
-        def step(t: tf.Tensor, h: tf.Tensor, gates: Any, inners: Any, news: Any, hs: Any) -> list[Any]:
-            outer = tf.matmul(of_input, x[t]) + shift
-            inner = tf.matmul(of_state, h) + inner_shift
-            gate = 0.5 * tf.tanh(outer[:two] + inner[:two]) + 0.5
-            z, r = tf.split(gate, 2, 0)
-            new = tf.tanh(outer[two:] + r * inner[two:])
-            kept = [gates.write(t, gate), inners.write(t, inner[two:]), news.write(t, new), hs.write(t, h)]
-            return [z * h + (1 - z) * new, *kept]
+        def step(t: tf.Tensor, h: tf.Tensor, to_inner: Any, *arrays: Any) -> list[Any]:
+            outer, inner = to_inner.read(t), tf.matmul(h, recurrent) + shift
+            z, r = tf.split(0.5 * tf.tanh(outer[:, :two] + inner[:, :two]) + 0.5, 2, 1)
+            inner = inner[:, two:]
+            new = tf.tanh(outer[:, two:] + r * inner)
+            to_new = (1 - z) * (1 - new * new)
+            factors = [(h - new) * z * (1 - z), to_new * inner * r * (1 - r), to_new * r]
+            kept = zip(arrays, (to_new, z, h), strict=True)
+            to_inner = to_inner.write(t, tf.concat(factors, 1))
+            return [z * h + (1 - z) * new, to_inner, *(a.write(t, v) for a, v in kept)]
 
-        arrays = self._arrays(x, two, self.units, self.units, self.units)
-        h, *arrays = _loop(x.shape[0], step, [h, *arrays])
-        gates, inners, news, hs = (array.stack() for array in arrays)
-        return [self._outputs(h, hs), h], gates, inners, news, hs
+        steps = x.shape[1]
+        h, *arrays = _loop(steps, step, [h, _array(product), *_empty(steps, h, 3)])
+        to_inner, to_new, updates, hs = (array.stack() for array in arrays)
+        return [self._outputs(h, hs), h], to_inner, to_new, updates, hs
 
     def backward(
         self,
@@ -165,31 +199,32 @@ class Gru(Program):
         recurrent: tf.Tensor,
         bias: tf.Tensor,
         results: list[tf.Tensor],
-        gates: tf.Tensor,
-        inners: tf.Tensor,
-        news: tf.Tensor,
+        to_inner: tf.Tensor,
+        to_new: tf.Tensor,
+        updates: tf.Tensor,
         hs: tf.Tensor,
     ) -> Any:
         """The gradients, from those that the results got."""
-        each, (dh,) = self._upstream(upstream)
+        with_outputs, (dh,) = self._upstream(upstream)
+        back = tf.transpose(recurrent)
 
-        def step(t: tf.Tensor, dh: tf.Tensor, *sums: Any) -> list[Any]:
-            d_kernel, d_recurrent, d_shift, d_inner_shift, *d_inputs = sums
-            z, r = tf.split(gates[t], 2, 0)
-            new, h = news[t], hs[t]
-            dh = dh if each is None else dh + each[t]
-            d_new = dh * (1 - z) * (1 - new * new)
-            d_z, d_r = dh * (h - new) * z * (1 - z), d_new * inners[t] * r * (1 - r)
-            outer, inner = tf.concat([d_z, d_r, d_new], 0), tf.concat([d_z, d_r, d_new * r], 0)
-            d_kernel += tf.matmul(x[t], outer, transpose_b=True)
-            d_recurrent += tf.matmul(h, inner, transpose_b=True)
-            shifts = [d_shift + tf.reduce_sum(outer, 1), d_inner_shift + tf.reduce_sum(inner, 1)]
-            d_inputs = [array.write(t, tf.matmul(kernel, outer)) for array in d_inputs]
-            return [dh * z + tf.matmul(recurrent, inner), d_kernel, d_recurrent, *shifts, *d_inputs]
+        def step(t: tf.Tensor, dh: tf.Tensor, inner: Any, new: Any) -> list[Any]:
+            dh = with_outputs(dh, t)
+            d = tf.concat([dh, dh, dh], 1) * inner.read(t)
+            kept = [inner.write(t, d), new.write(t, dh * new.read(t))]
+            return [tf.matmul(d, back) + dh * updates[t], *kept]
 
-        wanted = self._arrays(x, x.shape[1]) if self.wants_inputs else []
-        zeros = [tf.zeros_like(w) for w in (kernel, recurrent, bias[0], bias[1])]
-        result = _loop(x.shape[0], step, [dh, *zeros, *wanted], backwards=True)
-        dh, d_kernel, d_recurrent, d_shift, d_inner_shift, *d_inputs = result
-        given = d_inputs[0].stack() if d_inputs else tf.zeros([])
-        return [d_kernel, d_recurrent, tf.stack([d_shift, d_inner_shift])], [dh], given
+        first = [dh, _array(to_inner), _array(to_new)]
+        dh, *arrays = _loop(x.shape[1], step, first, backwards=True)
+        inner, new = (array.stack() for array in arrays)
+        # The outer gradients are the inner ones, but for the candidate's.
+        two = 2 * self.units
+        of_inner, of_new = (_of_weights(_swapped(x), d) for d in (inner, new))
+        bias_inner, bias_new = (tf.reduce_sum(d, [0, 1]) for d in (inner, new))
+        weights = [
+            tf.concat([of_inner[:, :two], of_new], 1),
+            _of_weights(hs, inner),
+            tf.stack([tf.concat([bias_inner[:two], bias_new], 0), bias_inner]),
+        ]
+        outer = tf.concat([inner[..., :two], new], 2)
+        return weights, [dh], self._of_inputs(outer, kernel, x)
