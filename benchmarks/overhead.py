@@ -1,6 +1,7 @@
 """Claim: with every choice forced to plain Keras, tfaccel costs nothing; and what each callback costs.
 
     python benchmarks/overhead.py
+    python benchmarks/overhead.py --steps 600 --rows choices choices+throughput choices+profile choices+all
 
 Three models, each fitted again and again in one process: bare Keras, then each way of tfaccel, in turn,
 so that the machine's drift meets all alike. A figure is the ratio of step times within one turn; the
@@ -66,9 +67,12 @@ def main():
     """Prints one line a model and row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=100, help="of an epoch, of 32 samples")
+    parser.add_argument("--rows", nargs="+", help="bare is measured in any case")
     options = parser.parse_args()
     data = load_images()
-    x, y = data["x_train"][:3200], data["y_train"][:3200]
+    some = np.resize(np.arange(len(data["x_train"])), 32 * options.steps)
+    x, y = data["x_train"][some], data["y_train"][some]
     plain_keras = tfaccel.Accelerator("one_device", "float32", jit=False, kernels="plain")
     chosen = tfaccel.Accelerator(jit=False)
     flat = {"initial_fraction": 1, "final_fraction": 1, "momentum_range": None}
@@ -107,6 +111,7 @@ def main():
                 ],
             ),
         }
+        rows = {row: way for row, way in rows.items() if row == "bare" or row in (options.rows or rows)}
         seconds = {row: [] for row in rows}
         for turn in range(options.turns + 2):
             for row, (model, arguments, callbacks) in rows.items():

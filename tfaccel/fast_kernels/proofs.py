@@ -13,6 +13,7 @@ import tensorflow as tf
 from tfaccel.fast_kernels import (
     fused_attention,
     fused_batch_norm,
+    fused_convolution,
     fused_einsum,
     fused_gelu,
     fused_optimizer,
@@ -60,6 +61,13 @@ KERNELS = (
         fused_batch_norm.fused,
         also_in_xla=True,
         across_samples=True,
+    ),
+    Kernel(
+        "convolution",
+        "small kernels' gradients as matrix products",
+        fused_convolution.serves,
+        fused_convolution.probe,
+        fused_convolution.fused,
     ),
     Kernel(
         "einsum",
