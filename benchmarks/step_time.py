@@ -31,7 +31,7 @@ BY_HAND = {
     "tf_xla_steps": {"jit_compile": True, "steps_per_execution": 32},
 }
 CONTENDERS = [*BY_HAND, "tfaccel", "jax", "torch_eager", "torch_compile"]
-WARM_UP_EPOCHS = {"tfaccel": 40}  # XLA is tried only in runs that are worth it
+WARM_UP_EPOCHS = {"tfaccel": 100}  # XLA is tried only in runs that are worth it
 XLA_IS_HOPELESS = ("cnn_bn", "resnet20", "depthwise")  # minutes an epoch: only if asked for by name
 
 

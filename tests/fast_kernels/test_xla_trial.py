@@ -15,7 +15,7 @@ class FakeTimes:
 
     def __init__(self, trial, ratio):
         for way in (Way.PLAIN, Way.LOOP):
-            for _ in range(3):
+            for _ in range(trials.CALLS + 1):
                 trial.note(way, 10, ratio if way is Way.LOOP else 1.0)
 
 
@@ -175,6 +175,15 @@ def test_the_faster_of_the_two_stays(ratio, used):
     FakeTimes(trial, ratio)
     assert (trial.decided is Way.LOOP) is used
     assert f"{ratio:.2f} ×" in said[0]
+
+
+def test_calls_while_xla_is_not_warm_yet_do_not_decide():
+    trial = Trial(10_000, lambda _: None, [Way.RECURRENT])
+    times = {Way.PLAIN: iter([9.0, 1.1, 1.0, 1.3]), Way.RECURRENT: iter([5.0, 1.4, 1.2, 0.8])}
+    while trial.decided is None:
+        way = trial.next_way(None)
+        trial.note(way, 1, next(times[way]))
+    assert trial.decided is Way.RECURRENT
 
 
 class Variable:

@@ -13,8 +13,6 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from tfaccel.fast_kernels.placement import on_gpu
 
 # 30 times slower on a CPU: step_time.py --models cnn_bn --batches 32 --contenders tf_plain tf_xla
@@ -23,7 +21,7 @@ NOT_IN_XLA = ("PyFunc", "EagerPyFunc", "Lookup", "String", "Unique", "Where")
 COMPILE_SECONDS = 1.0  # to begin with
 COMPILE_SECONDS_AN_OP = 4e-3
 HOPED_GAIN = 0.5  # of the time that is left
-CALLS = 2  # timed of each way, after a first one that compiles
+CALLS = 3  # timed of each way, after a first one that compiles
 REMEMBERED = 15  # calls
 FASTER = 0.95  # of the time without XLA: less gain is noise
 
@@ -73,7 +71,7 @@ class Trial:
             times.append(seconds / steps)
         self._has_run.add(way)
         if way is not Way.PLAIN and len(times) == CALLS:
-            ratio = self._median(way) / self._median(Way.PLAIN)
+            ratio = self._best(way) / self._best(Way.PLAIN)
             self._reasons[way] = f"{ratio:.2f} × the time of a step without it"
             self._conclude()
 
@@ -112,17 +110,18 @@ class Trial:
     def _pays(self, way: Way) -> bool:
         """Whether the steps that are left are worth a compilation."""
         ops = len(self._ops) if way is Way.LOOP else 0
-        left = self.steps_left * self._median(self._fastest())
+        left = self.steps_left * self._best(self._fastest())
         return left * HOPED_GAIN > COMPILE_SECONDS + COMPILE_SECONDS_AN_OP * ops
 
     def _fastest(self) -> Way:
         """Of those that were timed; without XLA unless another one is clearly faster."""
         timed = [way for way, times in self._step_s.items() if len(times) >= CALLS and way is not Way.PLAIN]
-        best = min(timed, key=self._median, default=Way.PLAIN)
-        return best if self._median(best) < FASTER * self._median(Way.PLAIN) else Way.PLAIN
+        best = min(timed, key=self._best, default=Way.PLAIN)
+        return best if self._best(best) < FASTER * self._best(Way.PLAIN) else Way.PLAIN
 
-    def _median(self, way: Way) -> float:
-        return float(np.median(self._step_s[way]))
+    def _best(self, way: Way) -> float:
+        """Of a step: other work only adds to a time, and what XLA compiled needs some calls to be warm."""
+        return min(self._step_s[way])
 
     def _conclude(self) -> None:
         """Ends the trial when nothing is left to try; says what is known."""
