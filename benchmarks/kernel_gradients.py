@@ -70,7 +70,7 @@ def is_used(case: tuple[int, ...], dtype: tf.DType) -> bool:
     samples, side, channels, filters, size = case
     layer = keras.layers.Conv2D(filters, size, padding="same", dtype=dtype.name)
     layer.build((samples, side, side, channels))
-    return serves(layer) and fits(layer, tf.zeros((samples, side, side, channels), dtype))
+    return serves(layer) and fits(layer, tf.zeros((samples, side, side, channels), dtype), layer.kernel)
 
 
 def main() -> None:

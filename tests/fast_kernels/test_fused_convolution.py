@@ -134,6 +134,21 @@ def test_in_half_precision_small_maps_only(sides, padding, taken, monkeypatch):
     assert len(calls) == taken
 
 
+def test_a_layer_that_convolves_with_another_kernel_is_left_to_keras(monkeypatch):
+    calls = count_products(monkeypatch)
+
+    class Widened(keras.layers.Conv2D):
+        def call(self, inputs):
+            return self.convolution_op(inputs, keras.ops.tile(self.kernel, [2, 2, 1, 1]))
+
+    layer = Widened(5, 1, use_bias=False)
+    layer.build((None, 6, 6, 3))
+    plain, fused = (step(layer, (2, 6, 6, 3), fuse) for fuse in (False, True))
+    for expected, got in zip(plain, fused, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert not calls
+
+
 def test_a_gpu_keeps_its_own_kernels(monkeypatch):
     assert fused_convolution.serves(built(8))
     monkeypatch.setattr(fused_convolution, "on_gpu", lambda: True)

@@ -48,8 +48,10 @@ def serves(layer: keras.layers.Layer) -> bool:
     return places == 1 or (half and places <= 9 and channels >= ENOUGH_CHANNELS)
 
 
-def fits(layer: keras.layers.Conv2D, inputs: tf.Tensor) -> bool:
-    """Whether they are for inputs of this shape."""
+def fits(layer: keras.layers.Conv2D, inputs: tf.Tensor, kernel: tf.Tensor) -> bool:
+    """Whether they are for inputs and a kernel of these shapes; a subclass may convolve with another one."""
+    if tuple(kernel.shape[:2]) != layer.kernel_size:
+        return False
     if layer.compute_dtype == "float32":
         return True
     sides = inputs.shape[1:3]
@@ -104,7 +106,7 @@ def _input_gradient(inputs: tf.Tensor, kernel: tf.Tensor, upstream: tf.Tensor, p
 def fused_call(convolve: Callable[..., Any], layer: keras.layers.Conv2D, inputs: Any, kernel: Any) -> Any:
     """`layer.convolution_op(inputs, kernel)`, which `convolve` is, with its gradients recorded."""
     inputs, kernel = (tf.convert_to_tensor(operand) for operand in (inputs, kernel))
-    if not fits(layer, inputs):
+    if not fits(layer, inputs, kernel):
         return convolve(inputs, kernel)
     with record.stop_recording():
         outputs = convolve(inputs, kernel)
