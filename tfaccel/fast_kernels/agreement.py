@@ -10,9 +10,12 @@ the value itself comes on top.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from tfaccel.fast_kernels.placement import step_device
 
 UNITS = 64
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -73,6 +76,32 @@ def value_and_gradients(way: Callable[..., tf.Tensor], operands: list[tf.Tensor]
         result = way(*operands)
         square = tf.reduce_sum(tf.square(tf.cast(result, tf.float32)))
     return [tf.cast(t, tf.float32).numpy() for t in [result, *tape.gradient(square, operands)]]
+
+
+def ways_apart(
+    plain: Callable[..., tf.Tensor],
+    other: Callable[..., tf.Tensor],
+    operands: Sequence[Any],
+    dtype: str = "float32",
+    roundings: int = 1,
+) -> float:
+    """Runs Keras's operation and a kernel where a step runs, with their gradients.
+
+    Args:
+        plain: Keras's operation, from the operands to a tensor.
+        other: The kernel, which does the same.
+        operands: Floating-point tensors or arrays; both ways get them in `dtype`.
+        dtype: A key of `EPSILON`.
+        roundings: As in `tolerance`.
+
+    Returns:
+        As `disagreement`: up to 1 they agree.
+    """
+    with tf.device(step_device()):
+        cast = [tf.cast(operand, dtype) for operand in operands]
+        expected, got = (value_and_gradients(way, cast) for way in (plain, other))
+    zeros = [np.zeros_like(a) for a in expected]
+    return worst_disagreement(expected, got, zeros, tolerance(dtype, roundings))
 
 
 STEP_TOLERANCE = 1e-3  # sums of n terms differ by sqrt(n)·eps: 1e-4 for a million, and ten such in a row

@@ -23,8 +23,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import numpy as keras_numpy
 
-from tfaccel.fast_kernels.agreement import tolerance, value_and_gradients, worst_disagreement
-from tfaccel.fast_kernels.placement import step_device
+from tfaccel.fast_kernels.agreement import ways_apart
 from tfaccel.keras_fixes.patch import Patch
 
 # Of MultiHeadAttention: projection, output, scores, values; each is probed.
@@ -177,9 +176,6 @@ def probe(dtype: str) -> float:
         product = parse(equation)
         assert product is not None
         operands = [random.normal(size=[sizes[i] for i in part]) for part in (product.first, product.second)]
-        with tf.device(step_device()):
-            ways = (functools.partial(keras_numpy.einsum, equation), functools.partial(multiply, product))
-            plain, other = (value_and_gradients(way, [tf.cast(o, dtype) for o in operands]) for way in ways)
-        zeros = [np.zeros_like(a) for a in plain]
-        worst = max(worst, worst_disagreement(plain, other, zeros, tolerance(dtype, roundings=4)))
+        ways = functools.partial(keras_numpy.einsum, equation), functools.partial(multiply, product)
+        worst = max(worst, ways_apart(*ways, operands, dtype, roundings=4))
     return worst
