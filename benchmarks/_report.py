@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import statistics
+import time
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -33,6 +35,19 @@ def spread(values: list[float], digits: int = 2) -> dict[str, float | int]:
         "max": round(max(values), digits),
         "runs": len(values),
     }
+
+
+def ratios_in_turn(one: Callable[[], object], other: Callable[[], object], turns: int) -> list[float]:
+    """The time that `one` takes over that of `other`, both run in each turn."""
+    ratios = []
+    for _ in range(turns):
+        moments = [time.perf_counter()]
+        for run in (one, other):
+            run()
+            moments.append(time.perf_counter())
+        begun, between, ended = moments
+        ratios.append((between - begun) / (ended - between))
+    return ratios
 
 
 def print_row(**row: object) -> None:

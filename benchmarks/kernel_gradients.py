@@ -9,11 +9,10 @@ is the time of oneDNN's way over that of the products, the median of eleven turn
 """
 
 import statistics
-import time
 
 import keras
 import tensorflow as tf
-from _report import print_row
+from _report import print_row, ratios_in_turn
 
 from tfaccel.fast_kernels.fused_convolution import fits, kernel_gradient, serves
 
@@ -77,15 +76,8 @@ def main() -> None:
     """Prints a line for each case."""
     for dtype in (tf.float32, tf.bfloat16):
         for case in CASES:
-            ways = [gradients(case, dtype, products) for products in (False, True)]
-            ratios = []
-            for _ in range(TURNS):
-                seconds = []
-                for run in ways:
-                    started = time.perf_counter()
-                    run()
-                    seconds.append(time.perf_counter() - started)
-                ratios.append(seconds[0] / seconds[1])
+            ways = (gradients(case, dtype, products) for products in (False, True))
+            ratios = ratios_in_turn(*ways, TURNS)
             print_row(
                 benchmark="kernel_gradients",
                 dtype=dtype.name,

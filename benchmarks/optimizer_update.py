@@ -8,12 +8,11 @@ is printed is the time of the fused update over that of Keras's, the median of s
 
 import contextlib
 import statistics
-import time
 
 import keras
 import numpy as np
 import tensorflow as tf
-from _report import print_row
+from _report import print_row, ratios_in_turn
 
 from tfaccel.fast_kernels.fused_optimizer import fused, fused_update
 
@@ -61,15 +60,8 @@ def updates(name: str, shape: tuple[int, int], rows: int | None, fuse: bool):
 def main() -> None:
     """Prints a line for each case."""
     for name, shape, rows in CASES:
-        ways = [updates(name, shape, rows, fuse) for fuse in (False, True)]
-        ratios = []
-        for _ in range(TURNS):
-            seconds = []
-            for run in ways:
-                started = time.perf_counter()
-                run()
-                seconds.append(time.perf_counter() - started)
-            ratios.append(seconds[1] / seconds[0])
+        ways = (updates(name, shape, rows, fuse) for fuse in (True, False))
+        ratios = ratios_in_turn(*ways, TURNS)
         print_row(
             benchmark="optimizer_update",
             optimizer=name,

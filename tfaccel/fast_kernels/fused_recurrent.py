@@ -108,20 +108,21 @@ def _sequence(program: Lstm | Gru, sizes: list[int]) -> Callable[..., Any]:
     def run(sequences: tf.Tensor, *rest: tf.Tensor) -> Any:
         weights, states = rest[:3], rest[3:]
         inputs, *starts = (tf.split(tensor, sizes) for tensor in (sequences, *states))
-        kept = [forward(x, *weights, *start) for x, *start in zip(inputs, *starts, strict=True)]
+        parts = [forward(x, *weights, *start) for x, *start in zip(inputs, *starts, strict=True)]
+        results, *kept = zip(*parts, strict=True)
 
         def gradient(*upstream: tf.Tensor) -> Any:
             cut = [tf.split(u, sizes) for u in upstream]
-            parts = [
-                backward(list(up), x, *weights, *of)
-                for up, x, of in zip(zip(*cut, strict=True), inputs, kept, strict=True)
+            gradients = [
+                backward(list(up), x, *weights[:2], *of)
+                for up, x, *of in zip(zip(*cut, strict=True), inputs, *kept, strict=True)
             ]
-            of_weights, of_states, of_inputs = zip(*parts, strict=True)
+            of_weights, of_states, of_inputs = zip(*gradients, strict=True)
             d_weights = [tf.add_n(w) for w in zip(*of_weights, strict=True)]
             d_states = [tf.concat(s, 0) for s in zip(*of_states, strict=True)]
             return [tf.concat(of_inputs, 0) if program.wants_inputs else None, *d_weights, *d_states]
 
-        return [tf.concat(r, 0) for r in zip(*(k[0] for k in kept), strict=True)], gradient
+        return [tf.concat(r, 0) for r in zip(*results, strict=True)], gradient
 
     return run
 
