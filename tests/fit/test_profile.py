@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import time
 
@@ -21,9 +22,12 @@ def fitted(model, data, callbacks=(), **options):
     return profile, history
 
 
-def slow_map(x, y, seconds, batch=24):
+def slow_map(x, y, seconds, batch=24, only=None):
+    numbers = itertools.count()
+
     def wait(a):
-        time.sleep(seconds)
+        if only in (None, next(numbers)):
+            time.sleep(seconds)
         return a
 
     def slow(a, b):
@@ -72,6 +76,17 @@ def test_waiting_for_input_is_found(make, small):
     assert sum(row.input for row in profile.report.rows) > 0.4
     keys = {"compute", "callbacks", "host", "compile", "mfu", "input_wait", "examples_per_s"}
     assert set(history.history) >= keys
+
+
+@pytest.mark.parametrize("late", [0, 25], ids=["the traced one", "a later one"])
+def test_one_late_batch_is_input_and_nothing_else(make, small, late):
+    data = slow_map(*small, seconds=1.0, only=late).prefetch(1)
+    profile, _ = fitted(make(steps_per_execution=1), (data,), epochs=4, shuffle=False)
+    row = profile.report.rows[late // 10]
+    assert row.input > 0.8
+    assert row.compute > 0
+    if late:  # nothing is compiled there
+        assert row.compile < row.input
 
 
 @pytest.mark.parametrize("hook", ["on_epoch_end", "on_train_batch_end"])

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -16,36 +16,64 @@ HOOKS = ("on_epoch_begin", "on_epoch_end", "on_train_batch_begin", "on_train_bat
 HELD_UP_S = 0.2  # and five times a usual call: something came in between
 
 
+class Call(NamedTuple):
+    """A call of the train function.
+
+    Args:
+        steps: That it ran.
+        seconds: That it took.
+        traced: Whether the step was traced in it.
+        waited_s: Seconds of it that waited for input, where `told_apart`; else 0.
+    """
+
+    steps: int
+    seconds: float
+    traced: bool
+    waited_s: float = 0.0
+
+
+def told_apart(traced: bool, seconds: float) -> bool:
+    """Whether it pays to know how long this very call waited: what else it took may be compiling."""
+    return traced or seconds > HELD_UP_S
+
+
 @dataclasses.dataclass
 class Calls:
-    """The calls of an epoch: steps, seconds, and whether the step was traced in it."""
+    """The calls of an epoch."""
 
-    rows: list[tuple[int, float, bool]] = dataclasses.field(default_factory=list)
+    rows: list[Call] = dataclasses.field(default_factory=list)
 
     @property
     def seconds(self) -> float:
         """Of all."""
-        return sum(seconds for _, seconds, _ in self.rows)
+        return sum(call.seconds for call in self.rows)
+
+    @property
+    def steps(self) -> int:
+        """Of all."""
+        return sum(call.steps for call in self.rows)
 
     def usual_step_s(self) -> float:
         """The median over the steps of calls in which nothing was traced; 0 where there was none."""
-        steady = [seconds / steps for steps, seconds, traced in self.rows if steps and not traced]
+        steady = [call.seconds / call.steps for call in self.rows if call.steps and not call.traced]
         return statistics.median(steady) if steady else 0.0
 
     def compiling_s(self, step_s: float) -> float:
-        """What calls that traced, or were held up, took longer than their steps do.
+        """What calls that traced, or were held up, took longer than their steps and their input do.
 
         Args:
             step_s: Of a usual step; where 0, what was traced is not told apart from its steps.
         """
         return sum(
-            max(s - n * step_s, 0.0) for n, s, traced in self.rows if traced or self.held_up(n, s, step_s)
+            max(call.seconds - call.waited_s - call.steps * step_s, 0.0)
+            for call in self.rows
+            if call.traced or self.held_up(call, step_s)
         )
 
     @staticmethod
-    def held_up(steps: int, seconds: float, step_s: float) -> bool:
+    def held_up(call: Call, step_s: float) -> bool:
         """Whether a call took far longer than its steps."""
-        return step_s > 0 and seconds > 5 * steps * step_s and seconds > HELD_UP_S
+        return step_s > 0 and call.seconds > 5 * call.steps * step_s and call.seconds > HELD_UP_S
 
 
 class TimedFunction:

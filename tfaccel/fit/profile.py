@@ -18,9 +18,10 @@ import time
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfaccel.errors import refuse
-from tfaccel.fit._call_times import CallbackTimes, Calls, TimedFunction
+from tfaccel.fit._call_times import Call, CallbackTimes, Calls, TimedFunction, told_apart
 from tfaccel.fit._calls import undo_all, wrap_method
 from tfaccel.fit._non_finite import NonFiniteWatch, check_loss_scale
 from tfaccel.fit._session import Attachment
@@ -132,17 +133,31 @@ class Profile(Throughput):
 
     def _run_step(self, train_step: Any, data: Any) -> Any:
         """Runs as Python only where the step is traced."""
-        self._traced |= self._traces.note(data)
+        if self._traces.note(data):
+            self._traced = True
+            self._waited_before = self._waited_s()
         if self._watch is None:
             return train_step(data)
         with self._watch.watching(data):
             return train_step(data)
 
     def _note_call(self, steps: int, seconds: float) -> None:
-        self._calls.rows.append((steps, seconds, self._traced))
+        waited_s = 0.0
+        if told_apart(self._traced, seconds):
+            total = self._waited_s()
+            waited_s, self._waited_before = min(total - self._waited_before, seconds), total
+        self._calls.rows.append(Call(steps, seconds, self._traced, waited_s))
         self._traced = False
         if time.perf_counter() - self._looked_at > LOOKED_EVERY_S:
             self._look()
+            self._looked_at, self._waited_before = time.perf_counter(), self._waited_s()
+
+    def _waited_s(self) -> float:
+        """For input, since the epoch began."""
+        if self._clock is None:
+            return 0.0
+        with tf.init_scope():  # it may be asked while a step is traced
+            return self._clock.read().waited_s
 
     def _look(self) -> None:
         """Ends the run where the loss is not finite, unless loss scaling may still get over it."""
@@ -156,7 +171,6 @@ class Profile(Throughput):
                 f"{found} Allowed: finite losses. Look for it in the batch, in a logarithm, a division or a "
                 "root; lower the learning rate, or clip the gradients."
             )
-        self._looked_at = time.perf_counter()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Starts the epoch's count, and ends that of the one before with what came behind it."""
@@ -165,6 +179,7 @@ class Profile(Throughput):
         self._calls, self._validation_s, self._own_s = Calls(), 0.0, 0.0
         self._callbacks_before = self._callback_times.total
         self._reading = Reading(0.0, 0.0, 0.0, 0.0)
+        self._waited_before = 0.0
         self._began = time.perf_counter()
 
     def on_test_begin(self, logs: dict | None = None) -> None:
@@ -200,15 +215,11 @@ class Profile(Throughput):
             return
         self._rows.append(self._row())
         step_s = self._calls.usual_step_s()
-        for number, (steps, seconds, traced) in enumerate(self._calls.rows):
-            if (
-                not traced
-                and self._calls.held_up(steps, seconds, step_s)
-                and len(self._held_up) < MOST_HELD_UP
-            ):
-                usual = f"{1e3 * steps * step_s:.3g} ms are usual"
+        for number, call in enumerate(self._calls.rows):
+            if not call.traced and self._calls.held_up(call, step_s) and len(self._held_up) < MOST_HELD_UP:
+                usual = f"{1e3 * call.steps * step_s:.3g} ms are usual"
                 self._held_up.append(
-                    f"call {number + 1} of epoch {len(self._rows)}: {seconds:.3g} s, where {usual}"
+                    f"call {number + 1} of epoch {len(self._rows)}: {call.seconds:.3g} s, where {usual}"
                 )
 
     def _row(self) -> ProfileRow:
@@ -220,7 +231,6 @@ class Profile(Throughput):
         compiling = min(self._calls.compiling_s(step_s), called - waited)
         callbacks = self._callback_times.total - self._callbacks_before
         rest = wall - called - callbacks - self._validation_s
-        steps = sum(count for count, _, _ in self._calls.rows)
         return ProfileRow(
             called - waited - compiling,
             waited,
@@ -229,7 +239,7 @@ class Profile(Throughput):
             compiling,
             self._validation_s,
             self._reading.examples,
-            steps,
+            self._calls.steps,
         )
 
     def _count_operations(self) -> StepCost:
