@@ -1,24 +1,22 @@
 """Claim: with every choice forced to plain Keras, tfaccel costs nothing; and what each callback costs.
 
     python benchmarks/overhead.py
-    python benchmarks/overhead.py --steps 600 --rows choices choices+throughput choices+profile choices+all
+    python benchmarks/overhead.py --steps 600 --models cnn --rows throughput choices+nothing choices+all
 
-Three models, each fitted again and again in one process: bare Keras, then each way of tfaccel, in turn,
-so that the machine's drift meets all alike. A figure is the ratio of step times within one turn; the
-median of all turns and its quartiles are printed. The first two turns are not counted.
+Three models, each fitted again and again in one process, each way in turn, so that the machine's drift meets
+all alike. `ratio` is that of the epochs' times within one turn, the median of all turns, with its quartiles;
+`fastest` compares the fastest epochs of all turns, which other work on the machine disturbs least: a cost of
+some hundredths can be seen by it. The first two turns are not counted.
 
-Rows: `plain`: bare Keras against itself, which shows the noise. `accelerator`: built and compiled under
-`Accelerator("one_device", "float32", jit=False, kernels="plain")`, the same arrays. `throughput`: bare
-Keras with the Throughput callback, `profile`: with Profile. `one_cycle`: with OneCycle at strength zero.
-`choices`: what `Accelerator(jit=False)` chooses here, with its dataset, against bare Keras: below 1 is faster
-(with XLA, each fit would try it anew).
-`choices+throughput` and `choices+profile`: the callback on top of those choices, against `choices`;
-`choices+layer_rates`: LayerLearningRates with a share for each layer; `choices+all`: OneCycle, that,
-UnfreezeLayers with nothing frozen, and Profile.
+Rows against bare Keras: `plain`: itself, which shows the noise. `accelerator`: built and compiled under
+`Accelerator("one_device", "float32", jit=False, kernels="plain")`, the same arrays. The name of a callback:
+bare Keras with that callback, at strength zero where it has one; `all`: OneCycle, LayerLearningRates,
+UnfreezeLayers and Profile. `choices`: what `Accelerator(jit=False)` chooses here, with its dataset: below 1 is
+faster (with XLA, each fit would try it anew). `choices+…`: the callback on top of those choices, against
+`choices`.
 """
 
 import argparse
-import statistics
 import time
 
 import keras
@@ -63,85 +61,97 @@ def make(stack, accelerator=None):
         return build(**accelerator.compile_options())
 
 
+FLAT = {"initial_fraction": 1, "final_fraction": 1, "momentum_range": None}
+CALLBACKS = {
+    "throughput": lambda: [tfaccel.Throughput()],
+    "profile": lambda: [tfaccel.Profile(verbose=0)],
+    "one_cycle": lambda: [tfaccel.OneCycle(1e-3, **FLAT)],
+    "layer_rates": lambda: [tfaccel.LayerLearningRates(decay=0.9)],
+    "unfreeze": lambda: [tfaccel.UnfreezeLayers(0.0)],
+    "all": lambda: [
+        tfaccel.OneCycle(1e-3, **FLAT),
+        tfaccel.LayerLearningRates(decay=0.9),
+        tfaccel.UnfreezeLayers(0.0),
+        tfaccel.Profile(verbose=0),
+    ],
+}
+ROWS = (
+    "plain",
+    "accelerator",
+    *CALLBACKS,
+    "choices",
+    "choices+nothing",
+    *(f"choices+{name}" for name in CALLBACKS),
+)
+
+
+def make_row(row, stack, x, y):
+    """What a row fits: a model, its data, and what makes its callbacks."""
+    callbacks = CALLBACKS.get(row.removeprefix("choices+"), list)
+    if row.startswith("choices"):
+        chosen = tfaccel.Accelerator(jit=False)
+        return make(stack, chosen), (chosen.dataset(x, y),), callbacks
+    plain = tfaccel.Accelerator("one_device", "float32", jit=False, kernels="plain")
+    return make(stack, plain if row == "accelerator" else None), (x, y), callbacks
+
+
 def main():
     """Prints one line a model and row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=25)
     parser.add_argument("--steps", type=int, default=100, help="of an epoch, of 32 samples")
-    parser.add_argument("--rows", nargs="+", help="bare is measured in any case")
+    parser.add_argument("--models", nargs="+", default=list(models()), choices=list(models()))
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     options = parser.parse_args()
     data = load_images()
     some = np.resize(np.arange(len(data["x_train"])), 32 * options.steps)
     x, y = data["x_train"][some], data["y_train"][some]
-    plain_keras = tfaccel.Accelerator("one_device", "float32", jit=False, kernels="plain")
-    chosen = tfaccel.Accelerator(jit=False)
-    flat = {"initial_fraction": 1, "final_fraction": 1, "momentum_range": None}
-    for name, stack in models().items():
-        rows = {
-            "bare": (make(stack), (x, y), list),
-            "plain": (make(stack), (x, y), list),
-            "accelerator": (make(stack, plain_keras), (x, y), list),
-            "throughput": (make(stack), (x, y), lambda: [tfaccel.Throughput()]),
-            "profile": (make(stack), (x, y), lambda: [tfaccel.Profile(verbose=0)]),
-            "one_cycle": (make(stack), (x, y), lambda: [tfaccel.OneCycle(1e-3, **flat)]),
-            "choices": (make(stack, chosen), (chosen.dataset(x, y),), list),
-            "choices+throughput": (
-                make(stack, chosen),
-                (chosen.dataset(x, y),),
-                lambda: [tfaccel.Throughput()],
-            ),
-            "choices+profile": (
-                make(stack, chosen),
-                (chosen.dataset(x, y),),
-                lambda: [tfaccel.Profile(verbose=0)],
-            ),
-            "choices+layer_rates": (
-                make(stack, chosen),
-                (chosen.dataset(x, y),),
-                lambda: [tfaccel.LayerLearningRates(decay=0.9)],
-            ),
-            "choices+all": (
-                make(stack, chosen),
-                (chosen.dataset(x, y),),
-                lambda: [
-                    tfaccel.OneCycle(1e-3, **flat),
-                    tfaccel.LayerLearningRates(decay=0.9),
-                    tfaccel.UnfreezeLayers(0.0),
-                    tfaccel.Profile(verbose=0),
-                ],
-            ),
-        }
-        rows = {row: way for row, way in rows.items() if row == "bare" or row in (options.rows or rows)}
-        seconds = {row: [] for row in rows}
+    needed = {baseline(row) for row in options.rows} | {"bare"}
+    for name in options.models:
+        ways = [row for row in ("bare", *ROWS) if row in needed or row in options.rows]
+        rows = {row: make_row(row, models()[name], x, y) for row in ways}
+        epochs = {row: [] for row in rows}  # of each turn, the seconds of its epochs
         for turn in range(options.turns + 2):
             for row, (model, arguments, callbacks) in rows.items():
-                timer = Timer(seconds[row] if turn >= 2 else [])
+                timer = Timer(epochs[row] if turn >= 2 else [])
                 model.fit(*arguments, epochs=EPOCHS, verbose=0, callbacks=[*callbacks(), timer])
-        for row in list(rows)[1:]:
-            baseline = "choices" if row.startswith("choices+") else "bare"
-            ratios = sorted(a / b for a, b in zip(seconds[row], seconds[baseline], strict=True))
+        for row in options.rows:
             print_row(
                 benchmark="overhead",
                 model=name,
                 row=row,
-                against=baseline,
-                bare_step_ms=round(1e3 * statistics.median(seconds["bare"]), 3),
-                ratio=round(statistics.median(ratios), 3),
-                quartiles=[round(float(np.quantile(ratios, q)), 3) for q in (0.25, 0.75)],
-                turns=len(ratios),
+                against=baseline(row),
+                bare_step_ms=round(1e3 * np.median(epochs["bare"]) / options.steps, 3),
+                **compared(np.array(epochs[row]), np.array(epochs[baseline(row)])),
+                turns=options.turns,
             )
 
 
+def baseline(row):
+    """What a row is held against."""
+    return "choices" if row.startswith("choices+") else "bare"
+
+
+def compared(one, other):
+    """Median and quartiles of the turns' ratios, and the ratio of the fastest epochs of all turns."""
+    ratios = np.median(one, axis=1) / np.median(other, axis=1)
+    return {
+        "ratio": round(float(np.median(ratios)), 3),
+        "quartiles": [round(float(np.quantile(ratios, q)), 3) for q in (0.25, 0.75)],
+        "fastest": round(float(one.min() / other.min()), 3),
+    }
+
+
 class Timer(keras.callbacks.Callback):
-    """Seconds of a step: the median over the last epochs, each from end to end, so with all that hooks do.
+    """Seconds of each of the last epochs, from end to end, so with all that hooks do.
 
     Args:
-        seconds: Is given the figure.
+        turns: Is given a list of them.
     """
 
-    def __init__(self, seconds):
+    def __init__(self, turns):
         super().__init__()
-        self.seconds = seconds
+        self.turns = turns
 
     def on_train_begin(self, logs=None):
         """A new fit."""
@@ -152,9 +162,8 @@ class Timer(keras.callbacks.Callback):
         self.ends.append(time.perf_counter())
 
     def on_train_end(self, logs=None):
-        """Keeps the median."""
-        epochs = np.diff(self.ends)[SETTLING - 1 :]
-        self.seconds.append(float(np.median(epochs)) / self.params["steps"])
+        """Keeps them."""
+        self.turns.append(np.diff(self.ends)[SETTLING - 1 :])
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ import contextlib
 import warnings
 
 import keras
-import numpy as np
 import pytest
 import tensorflow as tf
 
 from tfaccel.keras_fixes import compile_checks, shuffle_warning
 from tfaccel.keras_fixes.callback_siblings import siblings
-from tfaccel.keras_fixes.input_clock import InputClock, watch_running_fit
 
 
 def dataset(small):
@@ -113,47 +111,3 @@ def test_compile_checks_are_gone_after_the_block(helpers):
     with compile_checks.refuse_at_compile(strategy, keras.DTypePolicy("mixed_bfloat16")):
         assert keras.Model.compile is not original
     assert keras.Model.compile is original
-
-
-def test_clock_counts_examples_batches_and_waiting():
-    clock = InputClock(skip=1)
-    data = tf.data.Dataset.from_tensor_slices({"a": np.zeros((10, 3)), "b": np.zeros(10)}).batch(4)
-    watched = clock.watch(data)
-    assert watched.element_spec == data.element_spec
-    assert watched.cardinality() == 3
-    assert clock.watch(data.repeat()).cardinality() == tf.data.INFINITE_CARDINALITY
-    for _ in range(2):
-        assert len(list(watched)) == 3
-        reading = clock.read()
-        assert (reading.examples, reading.batches) == (10, 3)
-        assert reading.waited_s > 0
-        assert reading.steady_at > 0
-        clock.reset()
-    assert clock.read().examples == 0
-
-
-def test_clock_counts_ragged_rows():
-    clock = InputClock(skip=1)
-    ragged = tf.ragged.constant([[1, 2], [3], [4, 5, 6]])
-    list(clock.watch(tf.data.Dataset.from_tensor_slices(ragged).batch(2)))
-    assert clock.read().examples == 3
-
-
-def test_no_fit_to_watch():
-    assert watch_running_fit(keras.callbacks.Callback()) is None
-
-
-def test_canary_fit_shows_a_callback_nothing_of_its_input(helpers, small):
-    """Fails on the day Keras hands its iterator, or a measured waiting time, to callbacks."""
-    seen = {}
-
-    class Look(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            seen.update(params=set(self.params), logs=set(logs), own=set(vars(self)))
-
-    model = helpers.compile(helpers.build())
-    model.fit(dataset(small), verbose=0, shuffle=False, callbacks=[Look()])
-    assert seen["params"] == {"verbose", "epochs", "steps"}
-    assert seen["logs"] == {"loss", "accuracy"}
-    assert seen["own"] <= {"validation_data", "_model", "params", "_params"}
-    assert not [name for name in vars(model) if "iterator" in name and not name.startswith("_")]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import tensorflow as tf
 
 from tfaccel.fast_kernels.resident import BatchForm
-from tfaccel.keras_fixes.input_clock import count_examples
+from tfaccel.keras_fixes.pipeline_statistics import count_examples
 
 
 class Step(Protocol):

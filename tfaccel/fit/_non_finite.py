@@ -62,18 +62,22 @@ class NonFiniteWatch:
                 return loss
             # A train_step of the user's may leave it out.
             inputs = keras.utils.unpack_x_y_sample_weight(self._step.data)[0] if x is None else x
-            finite = tf.reduce_all(tf.math.is_finite(tf.cast(loss, tf.float32)))  # reduction=None has several
-            bad = tf.logical_and(self._at.value < 0, tf.logical_not(finite))
+            finite = tf.math.is_finite(loss)
+            if loss.shape.rank != 0:  # reduction=None has several
+                finite = tf.reduce_all(finite)
             # A call that is not inlined is one node where there is nothing to inspect; the layers' operations
             # would each be skipped by itself, which took a sixth of a small step.
             inspect = tf.function(self._inspect, autograph=False, experimental_attributes={"_noinline": True})
-            tf.cond(bad, lambda: inspect(inputs), lambda: 0)
+            tf.cond(finite, lambda: 0, lambda: inspect(inputs))
             return loss
 
         return wrap_method(self._model, "compute_loss", compute_and_watch)
 
-    def _inspect(self, x: Any) -> int:
-        """Notes the step, and the first layers whose output or weights are not finite."""
+    def _inspect(self, x: Any) -> Any:
+        """Notes the first of such steps, and the first layers whose output or weights are not finite."""
+        return tf.cond(self._at.value < 0, lambda: self._note(x), lambda: 0)
+
+    def _note(self, x: Any) -> int:
         eager, graph = tf.executing_eagerly(), tf.compat.v1.get_default_graph()
         seen: dict[int, list[tf.Tensor]] = {}
         order: list[keras.layers.Layer] = []

@@ -7,27 +7,26 @@ call, where Python can't look at all; so "is my run input bound?" can't be answe
 Smallest reproduction: no argument or attribute of `keras.callbacks.Callback` leads to the iterator of
 the running `fit`.
 
-The fix: a last stage in the input pipeline of the running `fit`. A pair of datasets is pulled in order:
-first a clock, then the batch; the stage then knows when the step asked and when it was answered. It
-counts inside TensorFlow, with no Python per step. `fit` holds its pipeline in the local variable
+The fix: tf.data's own stages for statistics behind the running `fit`'s pipeline (`pipeline_statistics`). They
+count in C++, with no Python and no function per step. `fit` holds its pipeline in the local variable
 `epoch_iterator`, which is found on the call stack from inside a hook.
-
-`Dataset.map` hands each call of its function to TensorFlow's threads, and the step waits for them; for a few
-numbers that takes longer than to compute them. The stage's functions run in the thread that asks, which
-`map` has no argument for.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
+import time
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import keras
 import tensorflow as tf
-from tensorflow.python.data.ops import map_op
+
+from tfaccel.keras_fixes.pipeline_statistics import KnownRows, PipelineStatistics
 
 CLOCK_ATTRIBUTE = "tfaccel_clock"  # on an epoch iterator: a loop that counts by itself
 
@@ -69,49 +68,40 @@ class InputClock:
 
     def __init__(self, skip: int):
         self.skip = skip
-        with tf.device("CPU:0"):
-            self._totals = tf.Variable(tf.zeros([4], tf.float64), trainable=False)
+        self._statistics = PipelineStatistics()
+        self.reset()
 
-    def watch(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """The same dataset with the counting stage behind it."""
-        # `Dataset.counter` would run a function for each number.
-        numbers = tf.data.Dataset.range(tf.int64.max).repeat()
-        asked = _mapped_here(numbers, lambda number: (number, tf.timestamp()))
+    def watch(self, dataset: tf.data.Dataset, rows: KnownRows | None = None) -> tf.data.Dataset:
+        """The same dataset with the counting stages behind it.
 
-        def hand_over(asked_for: Any, batch: Any) -> Any:
-            number, asked_at = asked_for
-            examples = tf.cast(count_examples(batch), tf.float64)
-            one, zero = tf.ones([], tf.float64), tf.zeros([], tf.float64)
-            steady_at = tf.where(number == self.skip, asked_at, zero)
-            self._totals.assign_add(tf.stack([tf.timestamp() - asked_at, examples, one, steady_at]))
-            return batch
+        Args:
+            dataset: The whole pipeline.
+            rows: That its batches have, where it is known.
+        """
+        return self._statistics.watch(dataset, rows)
 
-        return _mapped_here(tf.data.Dataset.zip(asked, dataset), hand_over)
+    def note_executions(self, enumerate_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """What `enumerate_iterator` yields an execution for; notes when the second one begins."""
+        executions = enumerate_iterator()
+        yield from itertools.islice(executions, 1)
+        for second in itertools.islice(executions, 1):
+            self._steady_at = time.time()
+            yield second
+        yield from executions
 
     def reset(self) -> None:
         """Starts counting from zero."""
-        self._totals.assign(tf.zeros_like(self._totals))
+        self._before, self._steady_at = self._statistics.read(), 0.0
 
     def read(self) -> Reading:
         """What was counted since `reset()`."""
-        return Reading(*map(float, self._totals.numpy()))
-
-
-def _mapped_here(dataset: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
-    """`dataset.map(function)`, which runs in the thread that asks for an element."""
-    return map_op._MapDataset(dataset, function, use_inter_op_parallelism=False)
-
-
-def count_examples(batch: Any) -> tf.Tensor:
-    """Rows of a batch, from its first leaf that has a sample axis; 1 where none has. A scalar int32."""
-    for leaf in tf.nest.flatten(batch):
-        if isinstance(leaf, tf.RaggedTensor):
-            return tf.cast(leaf.nrows(), tf.int32)
-        if isinstance(leaf, tf.SparseTensor):
-            return tf.cast(leaf.dense_shape[0], tf.int32)
-        if isinstance(leaf, tf.Tensor) and leaf.shape.rank != 0:
-            return tf.shape(leaf)[0]
-    return tf.constant(1)
+        now, before = self._statistics.read(), self._before
+        return Reading(
+            now.seconds - before.seconds,
+            now.rows - before.rows,
+            now.batches - before.batches,
+            self._steady_at,
+        )
 
 
 def running_epoch_iterator() -> Any:
@@ -166,8 +156,21 @@ def watch_running_fit(callback: keras.callbacks.Callback) -> Clock | None:
     if epoch_iterator is None or not isinstance(dataset, tf.data.Dataset):
         return None
     clock = InputClock(skip=callback.model.steps_per_execution)
-    epoch_iterator._distributed_dataset = clock.watch(dataset)
+    epoch_iterator._distributed_dataset = clock.watch(dataset, _rows_of_arrays(epoch_iterator))
+    it: Any = weakref.proxy(epoch_iterator)  # not kept by what it keeps
+    enumerate_iterator = type(epoch_iterator)._enumerate_iterator
+    epoch_iterator._enumerate_iterator = lambda: clock.note_executions(lambda: enumerate_iterator(it))
     return clock
+
+
+def _rows_of_arrays(epoch_iterator: Any) -> KnownRows | None:
+    """Rows of the batches that Keras makes of arrays; None where they come from elsewhere."""
+    if data_source(epoch_iterator) != "arrays":
+        return None
+    adapter = epoch_iterator.data_adapter
+    missing = adapter.batch_size - adapter.partial_batch_size if adapter.has_partial_batch else 0
+    rows = adapter.num_batches * adapter.batch_size - missing
+    return KnownRows(adapter.batch_size, adapter.num_batches, rows)
 
 
 def data_source(epoch_iterator: Any) -> str:

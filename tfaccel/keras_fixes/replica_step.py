@@ -22,8 +22,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfaccel.keras_fixes.control_flow_captures import captured_outside
-from tfaccel.keras_fixes.input_clock import count_examples
 from tfaccel.keras_fixes.iterator_stall import untuned
+from tfaccel.keras_fixes.pipeline_statistics import count_examples
 from tfaccel.keras_fixes.python_batches import copied
 from tfaccel.keras_fixes.replica_batch_norm import synchronized
 from tfaccel.keras_fixes.replica_random import drawing_rows
