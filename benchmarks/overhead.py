@@ -11,8 +11,8 @@ some hundredths can be seen by it. The first two turns are not counted.
 Rows against bare Keras: `plain`: itself, which shows the noise. `accelerator`: built and compiled under
 `Accelerator("one_device", "float32", jit=False, kernels="plain")`, the same arrays. The name of a callback:
 bare Keras with that callback, at strength zero where it has one; `all`: OneCycle, LayerLearningRates,
-UnfreezeLayers and Profile. `choices`: what `Accelerator(jit=False)` chooses here, with its dataset: below 1 is
-faster (with XLA, each fit would try it anew). `choices+…`: the callback on top of those choices, against
+UnfreezeLayers and Profile. `choices`: what `Accelerator(jit=False)` chooses here, with its dataset: below 1
+is faster (with XLA, each fit would try it anew). `choices+…`: the callback on top of those choices, against
 `choices`.
 """
 
