@@ -129,16 +129,17 @@ def train_accelerated(
     batch_size: int = BATCH_SIZE,
     max_learning_rate: float = MAX_LEARNING_RATE,
     warmup: float = WARMUP,
+    beta_2: float = 0.999,
     seed: int = 0,
     report: Report | None = None,
     accelerator: Accelerator | None = None,
 ) -> tuple[keras.Model, TrainingClock]:
-    """The same network with an `Accelerator` around it and one cycle of the learning rate."""
+    """The same network with an `Accelerator` around it and one cycle of Adam's learning rate."""
     clock = TrainingClock(time.perf_counter(), report)
     accelerator = accelerator or Accelerator()
     with accelerator.scope():
         model = build_from_seed(build, seed)
-        adam = keras.optimizers.Adam(1e-3)
+        adam = keras.optimizers.Adam(beta_2=beta_2)
         model.compile(**compile_arguments(adam), **accelerator.compile_options())
     model.fit(
         accelerator.dataset(data["x_train"], data["y_train"], batch_size=batch_size),

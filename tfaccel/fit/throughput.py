@@ -1,8 +1,8 @@
 """How fast a run is and whether it waits for its input, in the logs of every epoch.
 
 When to use: any run. The compiled loops of an `Accelerator` count by themselves, so it costs one reading per
-epoch. A model that trains with Keras's own loop gets a small stage in its input pipeline, 0.1 to 0.2 ms a
-batch on a 2-core machine (`benchmarks/overhead.py`). Validation is left out of the rates, and so is the first
+epoch. A model that trains with Keras's own loop gets a stage behind its input pipeline, 0.02 ms a batch on a
+2-core machine (`benchmarks/overhead.py`). Validation is left out of the rates, and so is the first
 execution (tracing, compiling) where the epoch has more than one.
 """
 
