@@ -61,6 +61,23 @@ def test_a_step_is_what_numpy_says():
     np.testing.assert_allclose(kernels(model)[0], rounded(exact), atol=1e-5)
 
 
+def test_a_layer_reads_the_grid_itself():
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(50, use_bias=False)])
+    model.compile("adam", "mse")
+    one_each = np.eye(6, dtype="float32")
+    read = {}
+
+    def look(epoch, logs):
+        read["eager"], read["graph"] = model(one_each).numpy(), model.predict(one_each, verbose=0)
+        read["expected"] = on_grid(tf.constant(model.layers[0].kernel.numpy()), 8, [1]).numpy()
+
+    see = keras.callbacks.LambdaCallback(on_epoch_end=look)
+    model.fit(one_each, np.ones((6, 50)), verbose=0, callbacks=[tfaccel.QuantizeAware(8, None), see])
+    np.testing.assert_array_equal(read["eager"], read["expected"])
+    # Grappler multiplies by 1 / 127 where it was to divide by 127.
+    np.testing.assert_allclose(read["graph"], read["expected"], rtol=3e-7)
+
+
 def test_no_layers_is_bit_identical(helpers, small):
     expected, _ = fit(helpers, small)
     actual, _ = fit(helpers, small, [tfaccel.QuantizeAware(8, None, layers={keras.layers.Layer: 0})])
