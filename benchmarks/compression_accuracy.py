@@ -6,13 +6,14 @@ and with shared values and int8 on top of that twenty times.
 
     python benchmarks/compression_accuracy.py --models residual --rows plain prune-0.8 chain-0.9 --seeds 1
 
-Every row begins with the same trained net (`_image_models.py`) and trains it on for as many epochs, the plain
-one too; a seed decides the order of the images and their shifts. A chain prunes, then clusters and rounds
-to eight bits in a second fit of half as many epochs. With `--teacher` all of them learn from another of the
-trained nets, besides the labels, or from the mean of several. Accuracy is that of all 10,000 test images, of the float model, and of the
-int8 file in LiteRT (int4_weights for the row of four bits), which is calibrated with 500 images, or not at
-all where ranges were learnt in training. Sizes are those of the TFLite files, deflated as in a zip. `speedup`
-is the int8 file's against the float file's on one thread, both run in turn.
+Every row begins with the same trained net (`_image_models.py`) and trains it on for as many epochs, the
+plain one too; a seed decides the order of the images and their shifts. A chain prunes, then clusters and
+rounds to eight bits in a second fit of half as many epochs. With `--teacher` all of them learn from another
+of the trained nets, besides the labels, or from the mean of several. Accuracy is that of all 10,000 test
+images, of the float model, and of the int8 file in LiteRT (int4_weights for the row of four bits), which is
+calibrated with 500 images, or not at all where ranges were learnt in training. Sizes are those of the
+TFLite files, deflated as in a zip. `speedup` is the int8 file's against the float file's on one thread,
+both run in turn.
 """
 
 import argparse
