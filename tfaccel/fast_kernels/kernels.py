@@ -30,7 +30,7 @@ from tfaccel.keras_fixes.chief_writes import only_chief_writes
 from tfaccel.keras_fixes.control_flow_captures import captured_outside
 from tfaccel.keras_fixes.first_batch import build_from_specification, build_state, check_enough
 from tfaccel.keras_fixes.input_clock import CLOCK_ATTRIBUTE
-from tfaccel.keras_fixes.iterator_stall import untuned_iterator
+from tfaccel.keras_fixes.iterator_stall import prompt_iterator, untuned_iterator
 from tfaccel.keras_fixes.replica_step import (
     ReplicatedStep,
     batches_function,
@@ -189,7 +189,7 @@ class Kernels:
         if resident_now:
             count_exactly(epoch_iterator, self._passes(model, data), function)
         else:
-            begin = untuned_iterator if self.replicated else iter
+            begin = untuned_iterator if self.replicated else prompt_iterator
             it = weakref.proxy(epoch_iterator)  # which keeps the function, and so must not be kept by it
             count_exactly(epoch_iterator, lambda: begin(it._distributed_dataset), function)
         if kind == "train":
