@@ -138,6 +138,8 @@ class ExportTFLite(keras.callbacks.Callback):
         """Keeps the weights of the best epoch; one without the figure, or where it is NaN, is none."""
         if self.monitor is None:
             return
+        if epoch < max((getattr(each, "settled_epoch", 0) for each in siblings(self)), default=0):
+            return  # weights that are not all pruned yet, or not clustered
         value = float((logs or {}).get(self.monitor, math.nan))
         # Validation may come every few epochs only; what training logs is there from the first.
         validated = any(name.startswith("val_") for name in logs or {})
@@ -156,7 +158,7 @@ class ExportTFLite(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Exports."""
-        if self.monitor is not None and self._best is None:
+        if self.monitor is not None and self._best is None and self.monitor not in (logs or {}):
             raise self._unknown_figure(logs or {})
         if not self._best_weights:
             self._export()

@@ -10,6 +10,7 @@ Cost: one conversion, one quantization, and a few rows through both; seconds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,8 @@ SAME = 1e-4  # of the largest value: two ways to compute one value differ by les
 
 
 ROWS = 64  # enough that a ReLU somewhere cuts something off, and differs from what it was given
+FEWEST_ROWS = 2  # of a model that is so large that some of its values are cut off in any row
+MOST_BYTES = 2**27  # of all values of the file
 WIDER = 4.0  # than normal: by biases alone no value would become negative
 
 
@@ -58,7 +61,7 @@ def find_rounded_tensors(model: keras.Model, bits: int, input_signature: Any = N
     values = _shaken(model)
     file = convert_model(model, input_signature, fixed_ranges=True, values=values)
     serving = ServingFunction(model, input_signature, batch_size=file.batch_size)
-    made_up = make_up_samples(serving.specs, serving.batch_size or ROWS).inputs
+    made_up = make_up_samples(serving.specs, serving.batch_size or _rows(file.content)).inputs
     floats = [np.issubdtype(array.dtype, np.floating) for array in made_up]
     samples = Samples(tuple(WIDER * a if real else a for a, real in zip(made_up, floats, strict=True)))
     names = [spec.name for spec in serving.specs]
@@ -79,6 +82,13 @@ def find_rounded_tensors(model: keras.Model, bits: int, input_signature: Any = N
             match = next((whose for whose, ours in returned if _equal(ours, value)), None)
             found += [] if match is None else [RoundedTensor(name, place, *match)]
     return FileRounding(found, [each.kind for each in file.operations], serving.specs)
+
+
+def _rows(content: bytes) -> int:
+    """How many rows are looked at: all values of all of them are in memory, several times."""
+    details = open_with_all_tensors(content).get_tensor_details()
+    row = sum(4 * math.prod(each["shape"].tolist()) for each in details)
+    return int(np.clip(MOST_BYTES // max(row, 1), FEWEST_ROWS, ROWS))
 
 
 def _shaken(model: keras.Model) -> list[np.ndarray]:

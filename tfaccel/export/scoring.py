@@ -50,6 +50,11 @@ class Score:
         return f"{self.name} {self.model:.4f} (model) → {self.file:.4f} (file){rows}"
 
 
+def is_within(drop: float, max_drop: float) -> bool:
+    """Whether a score fell by no more than that: 0.838 − 0.833 is 0.005, but not in floats."""
+    return drop <= max_drop + 1e-9
+
+
 class Scorer:
     """Scores model and files with the user's function, or by what `measure_for` finds for labelled data.
 

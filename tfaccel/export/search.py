@@ -22,6 +22,7 @@ from tfaccel.export.benchmark import time_runner
 from tfaccel.export.errors import ExportError
 from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.recipes import RECIPES
+from tfaccel.export.scoring import is_within
 from tfaccel.export.selection import recipes_by_operation
 from tfaccel.export.trials import Trial, TrialLog
 from tfaccel.export.workbench import Candidate, Workbench
@@ -150,7 +151,7 @@ class Search:
             self._mend(trial.recipe)
         while (chosen := self._best()) is not None:
             candidate = self._measure(chosen.recipe, dict(chosen.layers))
-            if candidate.score is None or candidate.score.drop <= self._max_drop:
+            if candidate.score is None or is_within(candidate.score.drop, self._max_drop):
                 found = SearchReport(tuple(self.trials), chosen, self._minimize, self._max_drop)
                 return candidate, found
             self.trials.remove(chosen)  # of a log, and not so any more
@@ -230,7 +231,7 @@ class Search:
         return min((trial for trial in self.trials if self._holds(trial)), key=self._cost, default=None)
 
     def _holds(self, trial: Trial) -> bool:
-        return not trial.problem and trial.drop <= self._max_drop
+        return not trial.problem and is_within(trial.drop, self._max_drop)
 
     def _cost(self, trial: Trial) -> float:
         return trial.size_bytes if self._minimize == "size" else trial.latency_ms

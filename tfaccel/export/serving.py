@@ -13,6 +13,7 @@ from tfaccel.export.operations import Scopes, noting_scopes
 from tfaccel.export.samples import Samples, clean_name
 from tfaccel.keras_fixes.inner_layers import inner_layers
 from tfaccel.keras_fixes.lite_operations import composed_for_lite
+from tfaccel.learned_ranges import take_off_leftovers
 
 
 class ServingFunction:
@@ -39,6 +40,7 @@ class ServingFunction:
                 f"{model.name!r} is not built. Allowed: a model with weights. Call it on a batch, or "
                 "train it, first."
             )
+        take_off_leftovers(model)
         self.model = model
         self._signature = input_signature
         self.structure = input_signature if input_signature is not None else _inputs_of(model)

@@ -24,7 +24,7 @@ from tfaccel.export.file import TFLiteFile, write_candidate, write_unproven
 from tfaccel.export.recipes import RECIPES, Recipe, find_recipe
 from tfaccel.export.report import report_layers
 from tfaccel.export.samples import Samples, collect_samples, make_up_samples
-from tfaccel.export.scoring import Scorer
+from tfaccel.export.scoring import Scorer, is_within
 from tfaccel.export.search import AutoRecipe, Search
 from tfaccel.export.selection import Selector, check_layers, recipes_by_operation
 from tfaccel.export.serving import ServingFunction
@@ -198,7 +198,7 @@ def find_problem(candidate: Candidate, max_drop: float | None, mixed_precision: 
     if not np.isfinite(figures.max_abs_error):
         return f"The {name} file does not agree with the model: {figures}."
     if max_drop is not None and candidate.score is not None:
-        if candidate.score.drop > max_drop:
+        if not is_within(candidate.score.drop, max_drop):
             return (
                 f"The file's score fell by {candidate.score.drop:.4f}, more than max_drop={max_drop} "
                 f"({candidate.score})."

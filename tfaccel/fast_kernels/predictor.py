@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfaccel.fast_kernels.resident import in_floatx
+from tfaccel.learned_ranges import take_off_leftovers
 
 
 def predictor(model: keras.Model, *, max_shapes: int = 16, jit: bool = False) -> Predictor:
@@ -56,6 +57,7 @@ def predictor(model: keras.Model, *, max_shapes: int = 16, jit: bool = False) ->
         raise ValueError(
             f"max_shapes={max_shapes!r} is not usable. Allowed: an integer ≥ 1. Leave it out for 16."
         )
+    take_off_leftovers(model)
     return Predictor(model, int(max_shapes), bool(jit))
 
 

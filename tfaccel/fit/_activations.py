@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from tfaccel.fit._calls import undo_all, wrap_call
 from tfaccel.fit._state import beside
+from tfaccel.keras_fixes.first_batch import input_structure
 from tfaccel.learned_ranges import FileRounding, LearnedRanges
 
 MOMENTUM = 0.99  # of what is learnt by step; less in the first ones, see `_momentum`
@@ -72,10 +73,15 @@ class RoundedActivations:
 
     def _around_model(self, call: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self._state.calls = {}
-        self._state.training = _is_training(keras.tree.flatten(inputs)[0])
+        keys = _keys(self._model, inputs)
+        flat = [inputs[key] for key in keys] if keys else keras.tree.flatten(inputs)
+        self._state.training = _is_training(flat[0])
         if self._state.training:
-            self._state.momentum = _momentum(self._kept.keep(keras.tree.flatten(inputs)))
-        return call(self._rounded(0, 0, inputs), *args, **kwargs)
+            self._state.momentum = _momentum(self._kept.keep(flat))
+        flat = self._rounded(0, 0, flat)
+        if keys is None:
+            return call(keras.tree.pack_sequence_as(inputs, flat), *args, **kwargs)
+        return call({**inputs, **dict(zip(keys, flat, strict=True))}, *args, **kwargs)
 
     def _rounded(self, key: int, number: int, values: Any) -> Any:
         flat = keras.tree.flatten(values)
@@ -93,6 +99,19 @@ class RoundedActivations:
             return None
         found = [spans[_key(each)] for each in seen]
         return LearnedRanges(self._bits, seen, found, self._rounding.kinds, self._kept.rows())
+
+
+def _keys(model: keras.Model, inputs: Any) -> list[str] | None:
+    """The keys of a dict of inputs in the order of `model.inputs`, as Keras looks them up inside of `call`.
+
+    None where inputs come in their own order: lists, and the dicts of a subclassed model.
+    """
+    form = input_structure(model)
+    if not isinstance(inputs, dict) or form is None:
+        return None
+    keys = sorted(form) if isinstance(form, dict) else [each.name for each in keras.tree.flatten(form)]
+    is_flat = all(key in inputs and not keras.tree.is_nested(inputs[key]) for key in keys)
+    return keys if is_flat else None
 
 
 def _key(tensor: Any) -> tuple[int, int, int]:

@@ -1,8 +1,9 @@
 """Which weights of a model are made smaller, and why the others are left alone.
 
 Kernels are; biases and normalization are not; depthwise kernels and embeddings, few or sensitive, only if
-they are asked for. So are the first and the last layer, where accuracy is lost soonest, if they are as small
-as they usually are: under a tenth of the weights.
+they are asked for, and so what scales or shifts every sample alike (slopes of a PReLU, positions). So are the
+first and the last layer, where accuracy is lost soonest, if they are as small as they usually are: under a
+tenth of the weights. A kernel that LoRA adds to is a sum, and can't be made smaller by its parts.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import keras
 import tensorflow as tf
 
 from tfaccel.errors import refuse
+from tfaccel.fit._layout import is_depthwise
 from tfaccel.keras_fixes.inner_layers import inner_layers
 from tfaccel.selection import Selector, check_selector, matches, no_match
 
 SPARED = ("embedding", "depthwise", "first layer", "last layer")
+LORA = "LoRA adds to it"
+MOST_REASONS = 5  # that an error tells
 SMALL_SHARE = 0.1  # of the weights: a first or last layer above it is most of the model
 NORMALIZATION = (
     keras.layers.BatchNormalization,
@@ -42,12 +46,14 @@ class Choice:
         layer: The innermost layer that it belongs to.
         amount: How far it is changed, such as its sparsity; the technique's own, or that asked for by layer.
         skipped: Why it is left alone, or an empty text.
+        asked_for: Whether a selector has named it.
     """
 
     variable: keras.Variable
     layer: keras.layers.Layer
     amount: Any
     skipped: str = ""
+    asked_for: bool = False
 
 
 def check_layers(layers: Layers) -> None:
@@ -84,13 +90,13 @@ def choose_weights(
     }
     if layers is None or isinstance(layers, Mapping):
         usual = _usual(model, holders, usable, spared)
-        choices = {key: (amount, reason) for key, reason in usual.items()}
+        choices = {key: (amount, reason, False) for key, reason in usual.items()}
     else:
-        choices = {key: (amount, reason or "not chosen") for key, reason in usable.items()}
+        choices = {key: (amount, reason or "not chosen", False) for key, reason in usable.items()}
     for selector in _selectors(layers):
         mine = _matching(selector, model, holders, usable)
         own = layers[selector] if isinstance(layers, Mapping) else amount
-        choices.update((key, (own, "")) for key in mine)
+        choices.update((key, (own, "", True)) for key in mine)
     return [
         Choice(variable, holders[id(variable)][-1], *choices[id(variable)])
         for variable in model.weights
@@ -98,17 +104,30 @@ def choose_weights(
     ]
 
 
-def skipped_weights(choices: Sequence[Choice]) -> dict[str, str]:
-    """Why weights were left alone, by their path, for a report."""
-    return {each.variable.path: each.skipped for each in choices}
+def skipped_weights(model: keras.Model, choices: Sequence[Choice]) -> dict[str, str]:
+    """Why weights were left alone, by their name, for a report."""
+    names = weight_names(model)
+    return {names[id(each.variable)]: each.skipped for each in choices}
+
+
+def weight_names(model: keras.Model) -> dict[int, str]:
+    """A name for each weight of a model, by `id`: its path, and a number where another has the same path."""
+    names: dict[int, str] = {}
+    seen: dict[str, int] = {}
+    for variable in model.weights:
+        seen[variable.path] = number = seen.get(variable.path, 0) + 1
+        names[id(variable)] = variable.path if number == 1 else f"{variable.path} ({number})"
+    return names
 
 
 def check_some(model: keras.Model, choices: Sequence[Choice], purpose: str) -> None:
     """Raises ValueError where all weights are skipped; `purpose` is the technique's verb."""
     if all(each.skipped for each in choices):
+        reasons = "; ".join(f"{each.variable.path}: {each.skipped}" for each in choices[:MOST_REASONS])
+        more = ", and so on" * (len(choices) > MOST_REASONS)
         raise ValueError(
-            f"{model.name!r} has no weights to {purpose}. Allowed: models with kernels that are trained. "
-            "Unfreeze a layer, or name one with layers=."
+            f"{model.name!r} has no weights to {purpose} ({reasons}{more}). Allowed: models with kernels "
+            "that are trained. Unfreeze a layer, or name one with layers=."
         )
 
 
@@ -147,6 +166,8 @@ def _why_not(variable: keras.Variable, layer: keras.layers.Layer, trainable: boo
         return "normalization"
     if len(variable.shape) < 2 or "bias" in variable.name:
         return "bias or vector"
+    if getattr(layer, "lora_enabled", False):
+        return LORA
     if not keras.backend.is_float_dtype(variable.dtype):
         return f"holds {variable.dtype}"
     return "" if trainable else "frozen"
@@ -165,8 +186,12 @@ def _usual(
         if reasons.get(id(variable)) == "":
             if isinstance(layer, keras.layers.Embedding):
                 reasons[id(variable)] = "embedding" * ("embedding" in spared)
-            elif "depthwise" in variable.name or isinstance(layer, keras.layers.DepthwiseConv2D):
+            elif is_depthwise(layer, variable):
                 reasons[id(variable)] = "depthwise" * ("depthwise" in spared)
+            elif isinstance(layer, keras.layers.PReLU):
+                reasons[id(variable)] = "slopes"
+            elif variable.shape[0] == 1 and "kernel" not in variable.name:
+                reasons[id(variable)] = "one for all samples"
     kernels = [v for v in model.trainable_variables if reasons.get(id(v)) == ""]
     sizes = {id(v): math.prod(v.shape) for v in kernels}
     for which, variable in (("first layer", kernels[:1]), ("last layer", kernels[-1:])):
@@ -187,6 +212,10 @@ def _matching(
     free = [key for key in mine if not usable[key]]
     if free:
         return free
+    if any(usable[key] == LORA for key in mine):
+        raise refuse(
+            "layers", selector, "layers without LoRA: a kernel that it adds to is a sum", "Name others."
+        )
     if any(usable[key] == "frozen" for key in mine):
         raise refuse("layers", selector, "layers that are trained", "Set layer.trainable = True and compile.")
     kernels = [v for v in model.weights if not usable.get(id(v), "not in a layer")]

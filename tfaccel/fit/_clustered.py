@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, Protocol
 
 import keras
@@ -22,6 +23,13 @@ class Options(Protocol):
     initialization: str
     scope: str
     preserve_sparsity: bool
+
+
+def channel_size(choice: Choice) -> int:
+    """How many weights of a choice share values where each output channel has clusters of its own."""
+    with contextlib.suppress(ValueError):  # no inputs, as an embedding: one group of clusters
+        return math.prod(Layout(choice.layer, choice.variable).sizes[:2])
+    return math.prod(choice.variable.shape)
 
 
 class Clustered:
@@ -55,6 +63,7 @@ class Clustered:
         self.preserve, self.more_zeros = options.preserve_sparsity, reserves_zero
         # What no weight needs costs nothing in a step.
         self.zero = beside(zero) if zero.any() or reserves_zero else None
+        self.first_zero = beside(zero) if zero.any() and reserves_zero else None
         self.groups, self.counts = beside(groups.numpy()), beside(counts.numpy())
         self.centroids = beside(means.numpy())
         self.offset = beside(values - self._values().numpy())
@@ -112,8 +121,10 @@ class Clustered:
         """
         moved = self.offset.value + updated
         if self.zero is not None:
-            if self.more_zeros:  # what pruning has just made zero
-                self.zero.assign(tf.logical_or(self.zero.value, updated == 0))
+            if self.more_zeros:  # what pruning has just made zero, and no more what it has let go
+                pruned = updated == 0
+                zero = pruned if self.first_zero is None else tf.logical_or(self.first_zero.value, pruned)
+                self.zero.assign(zero)
             moved = tf.where(self.zero.value, 0.0, moved)
         done, is_update = updates_with_this_one(self.optimizer)
 

@@ -13,11 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-WITHOUT_INPUTS = (
-    keras.layers.DepthwiseConv1D,
-    keras.layers.DepthwiseConv2D,
-    keras.layers.Embedding,
-)
+DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 
 
 class Layout:
@@ -33,7 +30,7 @@ class Layout:
 
     def __init__(self, layer: keras.layers.Layer, variable: keras.Variable):
         self.shape = tuple(variable.shape)
-        if isinstance(layer, WITHOUT_INPUTS) or variable.name == "depthwise_kernel":
+        if isinstance(layer, keras.layers.Embedding) or is_depthwise(layer, variable):
             raise ValueError("has no inputs to sum over")
         inputs, outputs = _axes(layer, len(self.shape))
         before = [axis for axis in range(len(self.shape)) if axis not in (*inputs, *outputs)]
@@ -50,12 +47,17 @@ class Layout:
         return tf.transpose(permuted, np.argsort(self.order))
 
 
+def is_depthwise(layer: keras.layers.Layer, variable: keras.Variable) -> bool:
+    """Whether a weight is a depthwise kernel; a separable convolution has one beside its pointwise kernel."""
+    return isinstance(layer, DEPTHWISE) or "depthwise" in variable.name
+
+
 def channel_axes(layer: keras.layers.Layer, variable: keras.Variable) -> list[int]:
     """The axes of a weight's output channels, which quantized files give a scale of their own."""
     rank = len(variable.shape)
-    if "depthwise" in variable.name or isinstance(layer, WITHOUT_INPUTS[:2]):
+    if is_depthwise(layer, variable):
         return [rank - 2, rank - 1]
-    if isinstance(layer, WITHOUT_INPUTS):
+    if isinstance(layer, keras.layers.Embedding):
         return []
     return _axes(layer, rank)[1]
 
@@ -66,6 +68,6 @@ def _axes(layer: keras.layers.Layer, rank: int) -> tuple[list[int], list[int]]:
         _, kernel, output = layer.equation.replace("->", ",").replace(" ", "").split(",")
         inputs = [axis for axis, letter in enumerate(kernel) if letter not in output]
         return inputs, [axis for axis in range(rank) if axis not in inputs]
-    if "Transpose" in type(layer).__name__:  # transposed convolutions have their outputs first
+    if isinstance(layer, TRANSPOSED):  # these have their outputs first
         return [rank - 1], [rank - 2]
     return [rank - 2], [rank - 1]

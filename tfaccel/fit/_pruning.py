@@ -24,6 +24,7 @@ from tfaccel.fit._choice import Choice
 from tfaccel.fit._layout import Layout
 from tfaccel.fit._run import updates_with_this_one
 from tfaccel.fit._state import beside
+from tfaccel.fit._weights import own_constraint
 from tfaccel.fit.sparsity_schedule import Plan
 
 
@@ -121,7 +122,7 @@ class Pruned:
     def __init__(self, choice: Choice, importance: str, initial: float):
         self.variable, self.target = choice.variable, choice.amount
         self.importance = importance
-        self.own = choice.variable.constraint
+        self.own = own_constraint(choice.variable)
         values = keras.ops.convert_to_numpy(choice.variable.value)
         self.initial = initial
         self.mask = beside(np.ones(values.shape, bool))

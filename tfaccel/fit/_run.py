@@ -122,6 +122,21 @@ def updates_with_this_one(optimizer: keras.optimizers.Optimizer) -> tuple[Any, A
     return calls // each, tf.equal(calls % each, 0)
 
 
+def check_apart(callback: Any) -> None:
+    """Raises ValueError where another of the class, listed before, has chosen one of the same weights."""
+    others = siblings(callback)
+    mine = {id(each.variable): each.variable.path for each in callback._chosen}
+    for other in others[: others.index(callback)]:
+        if type(other) is type(callback):
+            both = [mine[id(each.variable)] for each in other._chosen if id(each.variable) in mine]
+            if both:
+                name = type(callback).__name__
+                raise ValueError(
+                    f"Two {name} of this fit have chosen {both[0]}. Allowed: each weight once. Name other "
+                    "layers in each with layers=, or put what both say into one."
+                )
+
+
 def check_alone(callback: keras.callbacks.Callback) -> None:
     """Raises ValueError where two callbacks of the same class run in a fit."""
     if sum(type(other) is type(callback) for other in siblings(callback)) > 1:

@@ -55,10 +55,14 @@ class WeightUpdates:
         self.reapply()
 
     def reapply(self) -> None:
-        """Applies the chain once, outside of a step."""
-        for variable, _ in self.updates:
-            if isinstance(variable.constraint, _Chain):
-                variable.assign(variable.constraint(variable))
+        """Applies the user's constraint and these updates once, outside of a step.
+
+        Not what others have attached: theirs may count on an update of the optimizer before it.
+        """
+        for variable, update in self.updates:
+            own = own_constraint(variable)
+            value = own(variable) if own is not None else keras.ops.convert_to_tensor(variable)
+            variable.assign(update(value))
 
     def detach(self) -> None:
         """Gives the variables their own constraints back; their values stay."""
@@ -71,6 +75,12 @@ class WeightUpdates:
             chain.updates.remove(update)
             if not chain.updates:
                 variable.constraint = chain.own
+
+
+def own_constraint(variable: keras.Variable) -> Callable | None:
+    """The user's constraint of a weight, whatever is attached to it."""
+    constraint = variable.constraint
+    return constraint.own if isinstance(constraint, _Chain) else constraint
 
 
 class _Chain(keras.constraints.Constraint):

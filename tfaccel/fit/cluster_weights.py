@@ -10,6 +10,7 @@ bytes of memory a weight.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -28,9 +29,9 @@ from tfaccel.fit._choice import (
     choose_weights,
     skipped_weights,
 )
-from tfaccel.fit._clustered import Clustered
+from tfaccel.fit._clustered import Clustered, channel_size
 from tfaccel.fit._clusters import INITIALIZATIONS
-from tfaccel.fit._run import check_begin_epoch, check_order, updates_per_epoch
+from tfaccel.fit._run import check_apart, check_begin_epoch, check_order, updates_per_epoch
 from tfaccel.fit._session import detach_leftovers
 from tfaccel.fit._weights import WeightUpdates
 from tfaccel.fit.compression_report import CompressionReport, compression_report
@@ -122,9 +123,12 @@ class ClusterWeights(keras.callbacks.Callback):
         check_order(self)
         check_begin_epoch(self)
         self._reserves_zero = self._prunes_before()
-        self.choices = choose_weights(self.model, self.layers, self.num_clusters)
+        self.choices = [
+            self._if_worth_it(each) for each in choose_weights(self.model, self.layers, self.num_clusters)
+        ]
         self._chosen = [each for each in self.choices if not each.skipped and each.amount]
         check_some(self.model, self.choices, "cluster")
+        check_apart(self)
         check_finite(self._chosen)
         for each in self._chosen:
             size = math.prod(each.variable.shape)
@@ -137,9 +141,30 @@ class ClusterWeights(keras.callbacks.Callback):
                     "that were trained. Train first, or pass a later begin_epoch."
                 )
 
+    @property
+    def settled_epoch(self) -> int:
+        """The first epoch at whose end weights share values."""
+        return self.begin_epoch
+
     def shared_by_channels(self) -> list[keras.Variable]:
         """The weights that get one set of values for all their channels in the fit that has begun."""
         return [each.variable for each in self._chosen] if self.scope == "layer" else []
+
+    def _if_worth_it(self, choice: Choice) -> Choice:
+        """The choice, skipped where each of a channel's weights would be a cluster of its own.
+
+        Raises:
+            ValueError: It would, and was asked for.
+        """
+        if choice.skipped or not choice.amount or self.scope != "channel":
+            return choice
+        size = channel_size(choice)
+        if size > choice.amount:
+            return choice
+        if choice.asked_for:
+            allowed = f"less than the {size} weights of a channel of {choice.variable.path}"
+            raise refuse("num_clusters", choice.amount, allowed, "Take scope='layer', or fewer.")
+        return dataclasses.replace(choice, skipped=f"has {size} weights a channel")
 
     def _prunes_before(self) -> bool:
         """Whether the same fit prunes, so that there will be a cluster of zeros."""
@@ -150,7 +175,14 @@ class ClusterWeights(keras.callbacks.Callback):
                 "ClusterWeights is listed before PruneWeights: it would share values that are then set to "
                 "zero. Allowed: PruneWeights first. Exchange the two."
             )
-        return bool(places) and self.preserve_sparsity
+        if places and not self.preserve_sparsity:
+            raise refuse(
+                "preserve_sparsity",
+                False,
+                "True in a fit that prunes: the zeros would become other values",
+                "Leave it out, or cluster in a fit of its own.",
+            )
+        return bool(places)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Clusters the weights in the first epoch that is not before `begin_epoch`."""
@@ -179,7 +211,7 @@ class ClusterWeights(keras.callbacks.Callback):
             for weight in self._weights:
                 weight.settle()
             self._updates, self._weights = None, []
-        self.report = compression_report(self.model, skipped=skipped_weights(self.choices))
+        self.report = compression_report(self.model, skipped=skipped_weights(self.model, self.choices))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments."""

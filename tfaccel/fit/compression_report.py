@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
+from tfaccel.fit._choice import weight_names
 from tfaccel.plots import new_figure
 
 MOST_CLUSTERS = 2**16  # different values; above it they are told by their number type
@@ -147,23 +148,25 @@ def compression_report(model: keras.Model, *, skipped: Mapping[str, str] | None 
             f"{model.name!r} has no weights yet. Allowed: a built model. Give it a keras.Input, or call it "
             "on one batch first."
         )
-    return CompressionReport(tuple(_row(weight, skipped or {}) for weight in model.weights))
+    names = weight_names(model)
+    rows = (_row(weight, names[id(weight)], skipped or {}) for weight in model.weights)
+    return CompressionReport(tuple(rows))
 
 
-def _row(weight: keras.Variable, skipped: Mapping[str, str]) -> CompressionRow:
+def _row(weight: keras.Variable, name: str, skipped: Mapping[str, str]) -> CompressionRow:
     values = keras.ops.convert_to_numpy(weight.value)
     whole = values.dtype.itemsize * 8
     clusters = len(np.unique(values)) if values.size else 0
     bits = math.ceil(math.log2(clusters)) if 1 < clusters <= MOST_CLUSTERS else min(clusters, whole)
     return CompressionRow(
-        weight=weight.path,
+        weight=name,
         shape=tuple(values.shape),
         sparsity=float(np.mean(values == 0)) if values.size else 0.0,
         clusters=clusters,
         bits=min(bits, whole),
         size_bytes=values.nbytes,
         compressed_bytes=len(zlib.compress(np.ascontiguousarray(values).tobytes(), 6)),
-        skipped=skipped.get(weight.path, ""),
+        skipped=skipped.get(name, ""),
     )
 
 

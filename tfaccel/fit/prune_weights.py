@@ -30,6 +30,7 @@ from tfaccel.fit._choice import (
 )
 from tfaccel.fit._pruning import Masks, Pattern, Pruned
 from tfaccel.fit._run import (
+    check_apart,
     check_early_stopping,
     check_order,
     check_updates,
@@ -112,6 +113,7 @@ class PruneWeights(keras.callbacks.Callback):
         self._pattern = Pattern(self._group, block, threshold, scope == "global")
         self._check()
         self.report: CompressionReport | None = None
+        self.settled_epoch = 0  # the first at whose end the weights are as sparse as they will be
         self._updates: WeightUpdates | None = None
         self._updates_before: int | None = None  # the first epoch of this fit
 
@@ -144,6 +146,11 @@ class PruneWeights(keras.callbacks.Callback):
                 raise refuse("sparsity", value, "a fraction, 0 ≤ sparsity < 1", "Four fifths are 0.8.")
         if self.threshold is not None and not is_number(self.threshold, 0):
             raise refuse("threshold", self.threshold, "a number ≥ 0", "Try 1e-3.")
+        if self.threshold is not None and self.importance != "magnitude":
+            raise refuse(
+                "importance", self.importance, "'magnitude' with a threshold", "A threshold is one of |w|."
+            )
+        self._check_schedule()
         alone = {"threshold": self.threshold is not None, "an m:n pattern": self._group is not None}
         for name, given in alone.items():
             if given and self.scope == "global":
@@ -158,6 +165,25 @@ class PruneWeights(keras.callbacks.Callback):
                 "Pass a list, or leave scope out.",
             )
 
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        if not isinstance(schedule, PruningSchedule):
+            return
+        if schedule.kind == "one_shot" and schedule.begin == 0 and self.importance != "magnitude":
+            raise refuse(
+                "schedule",
+                schedule,
+                f"one_shot with a later begin for importance={self.importance!r}, which is summed over steps",
+                "Try PruningSchedule('one_shot', begin=0.2).",
+            )
+        if self.sparsity is not None and (schedule.initial_sparsity or 0) > self.sparsity:
+            raise refuse(
+                "initial_sparsity",
+                schedule.initial_sparsity,
+                f"at most sparsity={self.sparsity}",
+                "Leave it out.",
+            )
+
     def set_model(self, model: keras.Model) -> None:
         """Takes off what an interrupted fit left on the model."""
         super().set_model(model)
@@ -170,13 +196,15 @@ class PruneWeights(keras.callbacks.Callback):
         check_order(self)
         per_epoch = updates_per_epoch(self)
         self._plan = plan(self.schedule, per_epoch, self.params["epochs"])
-        check_early_stopping(self, max(math.ceil(self._plan.end / per_epoch) - 1, 0))
+        self.settled_epoch = max(math.ceil(self._plan.end / per_epoch) - 1, 0)
+        check_early_stopping(self, self.settled_epoch)
         self.choices = choose_weights(self.model, self.layers, self._target())
         self.choices = [self._pattern.fit(each, asked_for=self.layers is not None) for each in self.choices]
         self._chosen = [each for each in self.choices if not each.skipped and self._touches(each)]
         check_some(self.model, self.choices, "prune")
         if not self._chosen:
             return
+        check_apart(self)
         check_finite(self._chosen)
 
     def _target(self) -> float:
@@ -191,7 +219,11 @@ class PruneWeights(keras.callbacks.Callback):
         """Attaches in the first epoch, whose number is not 0 where a run is resumed."""
         if self._updates is not None or not self._chosen:
             return
-        done = round(updates_per_epoch(self) * epoch)
+        per_epoch = updates_per_epoch(self)
+        done = round(per_epoch * epoch)
+        if done and not self._is_resumed(done):  # `fit(initial_epoch=)` alone begins a run
+            self._plan, done = plan(self.schedule, per_epoch, self.params["epochs"] - epoch), 0
+            self.settled_epoch = epoch + max(math.ceil(self._plan.end / per_epoch) - 1, 0)
         with self.model.distribute_strategy.scope():
             weights = [Pruned(each, self.importance, self._initial(each, done)) for each in self._chosen]
         self._updates_before = updates_done(self.model.optimizer)
@@ -201,6 +233,14 @@ class PruneWeights(keras.callbacks.Callback):
         self._updates = WeightUpdates(self.model, self._masks.updates())
         self._updates.attach()
         self._masks.in_steps = True
+
+    def _is_resumed(self, done: int) -> bool:
+        """Whether the weights are those of a run that has pruned until a step: they have its zeros."""
+        last = self._plan.last_due(done)
+        if last < 0 or self._plan.progress is None:
+            return True
+        expected = self._target() * float(self._plan.progress(last))
+        return share_of_zeros(self._chosen) >= expected / 2
 
     def _initial(self, choice: Choice, done: int) -> float:
         """The sparsity that a weight began with: its own share of zeros, or that of all together.
@@ -234,7 +274,7 @@ class PruneWeights(keras.callbacks.Callback):
             self._updates.reapply()
             self._updates.detach()
             self._updates = None
-        self.report = compression_report(self.model, skipped=skipped_weights(self.choices))
+        self.report = compression_report(self.model, skipped=skipped_weights(self.model, self.choices))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments."""

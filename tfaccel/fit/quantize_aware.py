@@ -18,6 +18,7 @@ normalizes by the batch, and the file by the moving statistics: `freeze_norms_ep
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ from tfaccel.fit._choice import (
     choose_weights,
     skipped_weights,
 )
+from tfaccel.fit._layout import is_depthwise
 from tfaccel.fit._rounded_weights import RoundedWeight, read_rounded
 from tfaccel.fit._run import check_alone, check_begin_epoch, check_order
 from tfaccel.fit._session import Attachment, detach_leftovers
@@ -77,12 +79,14 @@ class QuantizeAware(keras.callbacks.Callback):
             file does, and keep them; their scales and offsets go on learning. Default None: never.
         layers: Whose weights, as for `PruneWeights`; a dict gives them other bits, and 0 leaves them alone.
             Default: all kernels but embeddings; depthwise ones with 8 bits at least, as LiteRT has them.
-            Activations are those of the whole file.
+            Frozen layers stay as they are, though the file rounds them too. Activations are those of the
+            whole file.
         input_signature: As for `export_tflite`, for subclassed models that it is needed for.
 
     Raises:
         ValueError: A bad argument; or, when `fit` begins and before its first step, a layer that doesn't
-            exist or is frozen, weights that aren't finite, or a model that no int8 file can be made of.
+            exist or is frozen, weights that aren't finite, a model that no int8 file can be made of, or
+            `ClusterWeights` listed behind it.
 
     Example:
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(32), keras.layers.Dense(1)])
@@ -134,6 +138,7 @@ class QuantizeAware(keras.callbacks.Callback):
         self._forget()
 
     def _forget(self) -> None:
+        self._has_begun = False
         self._attachment: Attachment | None = None
         self._frozen: Attachment | None = None
         self._weights: list[RoundedWeight] = []
@@ -150,6 +155,7 @@ class QuantizeAware(keras.callbacks.Callback):
         self.report = None
         check_alone(self)
         check_order(self)
+        self._check_clustered_before()
         check_begin_epoch(self)
         if self.freeze_norms_epoch is not None and self.freeze_norms_epoch >= self.params["epochs"]:
             allowed = f"an epoch of this fit, 0 to {self.params['epochs'] - 1}"
@@ -161,10 +167,18 @@ class QuantizeAware(keras.callbacks.Callback):
         if self.activation_bits is not None:
             self._activations = self._find_activations(self.activation_bits)
 
+    def _check_clustered_before(self) -> None:
+        others = siblings(self)
+        if any(isinstance(other, ClusterWeights) for other in others[others.index(self) :]):
+            raise ValueError(
+                "QuantizeAware is listed before ClusterWeights, which would move the rounded weights off "
+                "their grid when training ends. Allowed: ClusterWeights first. Exchange the two."
+            )
+
     def _find_activations(self, bits: int) -> RoundedActivations:
         try:
             rounding = find_rounded_tensors(self.model, bits, self.input_signature)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"activation_bits={bits} can't be used: no int8 file can be made of {self.model.name!r}. "
                 f"{error} Allowed: what export_tflite takes with 'int8'. Pass activation_bits=None to round "
@@ -174,13 +188,16 @@ class QuantizeAware(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Starts, and freezes, in the first epoch that is not before theirs."""
+        self._has_begun = True
         if self._attachment is None and epoch >= self.begin_epoch and (self._chosen or self._activations):
             shared = self._shared()
             self._weights = [
                 RoundedWeight(each, self._bits(each), shared=id(each.variable) in shared)
                 for each in self._chosen
             ]
-            layers = {id(each.layer): each.layer for each in self._chosen}
+            # A recurrent layer hands its cell's weights to a kernel for the whole sequence, and a tied weight
+            # is read by a layer that it does not belong to; a `train_step` may call layers by themselves.
+            layers = {id(each.layer): each.layer for each in self._chosen} | {id(self.model): self.model}
             undo = [each.restore for each in self._weights]
             undo += [read_rounded(layer) for layer in layers.values()]
             if self._activations is not None:
@@ -207,8 +224,8 @@ class QuantizeAware(keras.callbacks.Callback):
 
     def _bits(self, choice: Choice) -> int:
         """LiteRT has no depthwise convolution of less than eight bits."""
-        named = self.layers is not None
-        return choice.amount if named or "depthwise" not in choice.variable.name else max(choice.amount, 8)
+        raised = is_depthwise(choice.layer, choice.variable) and not choice.asked_for
+        return max(choice.amount, 8) if raised else choice.amount
 
     def _shared(self) -> set[int]:
         """The weights whose channels share values, by `id`: what the same fit clusters by layers.
@@ -226,13 +243,28 @@ class QuantizeAware(keras.callbacks.Callback):
         for attachment in (self._frozen, self._attachment):
             if attachment is not None:
                 attachment.detach()
+        if not self._has_begun and self._chosen:
+            self._weights = self._resumed_at_the_end()
         for each in self._weights:
             each.settle()
         learned = self._activations.learned() if self._activations is not None else None
         if learned is not None:
             remember(self.model, learned)
         self._forget()
-        self.report = compression_report(self.model, skipped=skipped_weights(self.choices))
+        self.report = compression_report(self.model, skipped=skipped_weights(self.model, self.choices))
+
+    def _resumed_at_the_end(self) -> list[RoundedWeight]:
+        """The weights of a run that was cut off behind its last epoch and goes on: `BackupAndRestore`."""
+        if self._activations is not None:
+            warnings.warn(
+                "This fit had no epoch left, so QuantizeAware rounds the weights and knows no ranges of "
+                "activations. Pass calibration= to export_tflite, or train for another epoch.",
+                stacklevel=2,
+            )
+        weights = [RoundedWeight(each, self._bits(each)) for each in self._chosen]
+        for each in weights:
+            each.restore()
+        return weights
 
     def get_config(self) -> dict[str, Any]:
         """The arguments."""

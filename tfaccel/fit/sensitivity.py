@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from tfaccel.errors import is_number, is_whole, refuse
 from tfaccel.fit import _masks as masks
-from tfaccel.fit._choice import Layers, check_finite, check_layers, choose_weights
+from tfaccel.fit._choice import Layers, check_finite, check_layers, choose_weights, weight_names
 from tfaccel.fit._rounded_weights import on_grid
 from tfaccel.plots import new_figure
 
@@ -147,7 +147,7 @@ def sensitivity(
     chosen = [each for each in choose_weights(model, layers, 1.0) if not each.skipped]
     check_finite(chosen)
     score, name = _evaluate(model, data, monitor)
-    rows = []
+    rows, names = [], weight_names(model)
     for each in chosen:
         before = keras.ops.convert_to_numpy(each.variable.value)
         try:
@@ -155,7 +155,7 @@ def sensitivity(
                 for amount in amounts:
                     each.variable.assign(_reduced(before, kind, amount))
                     found, _ = _evaluate(model, data, name)
-                    rows.append(SensitivityRow(each.variable.path, kind, float(amount), found))
+                    rows.append(SensitivityRow(names[id(each.variable)], kind, float(amount), found))
         finally:
             each.variable.assign(before)
     return SensitivityReport(score, name, tuple(rows))
@@ -172,7 +172,10 @@ def _reduced(values: np.ndarray, kind: str, amount: float) -> np.ndarray:
 def _evaluate(model: keras.Model, data: Any, monitor: str | None) -> tuple[float, str]:
     arrays = data if isinstance(data, tuple) else (data,)
     figures = model.evaluate(*arrays, verbose=0, return_dict=True)
-    name = monitor or next((name for name in figures if name != "loss"), "loss")
+    # A model with several outputs has a loss for each.
+    name = monitor or next(
+        (name for name in figures if name != "loss" and not name.endswith("_loss")), "loss"
+    )
     if name not in figures:
         raise refuse("monitor", name, ", ".join(figures), "Compile with that metric.")
     return float(figures[name]), name
