@@ -1,4 +1,5 @@
-"""Claim: on a CPU, mixed precision does not pay: why `Accelerator()` chooses float32 there.
+"""Claim: on a CPU, whether mixed precision pays depends on the network: why `Accelerator()` takes float32
+there, and `tune` measures.
 
     python benchmarks/half_precision.py --turns 7
 
@@ -11,7 +12,7 @@ import time
 
 import keras
 from _report import print_row, spread
-from time_to_accuracy import SETTINGS, build_for, images_of
+from time_to_accuracy import BUILDERS, SETTINGS, samples_of
 
 import tfaccel
 
@@ -26,13 +27,13 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES[:2]), choices=POLICIES)
     options = parser.parse_args()
     for name, settings in SETTINGS.items():
-        data, batch_size = images_of(name), settings["batch_size"]
+        data, batch_size = samples_of(name), settings["batch_size"]
         x, y = (data[f"{part}_train"][: STEPS * batch_size] for part in "xy")
         fits, seconds = {}, {policy: [] for policy in options.policies}
         for policy in options.policies:
             accelerator = tfaccel.Accelerator(precision=policy)
             with accelerator.scope():
-                model = build_for(name)()
+                model = BUILDERS[name]()
                 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
                 model.compile("adam", loss, **accelerator.compile_options())
             fits[policy] = model, accelerator.dataset(x, y, batch_size=batch_size)

@@ -11,7 +11,7 @@ import time
 
 import keras
 from _report import print_row, spread
-from time_to_accuracy import build_cnn, images_of
+from time_to_accuracy import build_cnn, samples_of
 
 import tfaccel
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=15)
     turns = parser.parse_args().turns
-    sample = images_of("fashion_mnist")["x_test"][:1]
+    sample = samples_of("fashion_mnist")["x_test"][:1]
     for name, build in (("mlp", build_mlp), ("cnn", build_cnn)):
         model, accelerator = build(), tfaccel.Accelerator()
         with accelerator.scope():

@@ -16,8 +16,8 @@ FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 def _beside_the_scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("datasets", "_report", "_step_models", "time_to_accuracy"):
-        sys.modules.pop(name, None)
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def load(name):
@@ -25,6 +25,11 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_finds_what_it_imports(path):
+    assert callable(getattr(load(path.stem), "main", None) or load(path.stem).load)
 
 
 def test_datasets_come_from_the_cache_first(tmp_path, monkeypatch):
