@@ -125,10 +125,10 @@ def updates_with_this_one(optimizer: keras.optimizers.Optimizer) -> tuple[Any, A
 def check_apart(callback: Any) -> None:
     """Raises ValueError where another of the class, listed before, has chosen one of the same weights."""
     others = siblings(callback)
-    mine = {id(each.variable): each.variable.path for each in callback._chosen}
+    mine = {id(each.variable): each.variable.path for each in callback.chosen}
     for other in others[: others.index(callback)]:
         if type(other) is type(callback):
-            both = [mine[id(each.variable)] for each in other._chosen if id(each.variable) in mine]
+            both = [mine[id(each.variable)] for each in other.chosen if id(each.variable) in mine]
             if both:
                 name = type(callback).__name__
                 raise ValueError(

@@ -109,7 +109,7 @@ class ClusterWeights(keras.callbacks.Callback):
         self.preserve_sparsity, self.begin_epoch, self.layers = preserve_sparsity, begin_epoch, layers
         self.report: CompressionReport | None = None
         self._updates: WeightUpdates | None = None
-        self._chosen: list[Choice] = []
+        self.chosen: list[Choice] = []
 
     def set_model(self, model: keras.Model) -> None:
         """Takes off what an interrupted fit left on the model."""
@@ -126,11 +126,11 @@ class ClusterWeights(keras.callbacks.Callback):
         self.choices = [
             self._if_worth_it(each) for each in choose_weights(self.model, self.layers, self.num_clusters)
         ]
-        self._chosen = [each for each in self.choices if not each.skipped and each.amount]
+        self.chosen = [each for each in self.choices if not each.skipped and each.amount]
         check_some(self.model, self.choices, "cluster")
         check_apart(self)
-        check_finite(self._chosen)
-        for each in self._chosen:
+        check_finite(self.chosen)
+        for each in self.chosen:
             size = math.prod(each.variable.shape)
             if each.amount > size:
                 allowed = f"at most the {size} weights of {each.variable.path}"
@@ -148,7 +148,7 @@ class ClusterWeights(keras.callbacks.Callback):
 
     def shared_by_channels(self) -> list[keras.Variable]:
         """The weights that get one set of values for all their channels in the fit that has begun."""
-        return [each.variable for each in self._chosen] if self.scope == "layer" else []
+        return [each.variable for each in self.chosen] if self.scope == "layer" else []
 
     def _if_worth_it(self, choice: Choice) -> Choice:
         """The choice, skipped where each of a channel's weights would be a cluster of its own.
@@ -186,12 +186,12 @@ class ClusterWeights(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Clusters the weights in the first epoch that is not before `begin_epoch`."""
-        if self._updates is not None or not self._chosen or epoch < self.begin_epoch:
+        if self._updates is not None or not self.chosen or epoch < self.begin_epoch:
             return
         steps = updates_per_epoch(self) * (self.params["epochs"] - epoch)
         every = max(int(steps / REGROUPINGS), 1)
         with self.model.distribute_strategy.scope():
-            self._weights = [Clustered(each, self, every, self._reserves_zero) for each in self._chosen]
+            self._weights = [Clustered(each, self, every, self._reserves_zero) for each in self.chosen]
         updates = [(each.variable, each.update) for each in self._weights]
         self._updates = WeightUpdates(self.model, updates)
         self._updates.attach()
@@ -201,7 +201,7 @@ class ClusterWeights(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes `clusters`, the most different values that a clustered weight has, into the logs."""
         if logs is not None and self._updates is not None:
-            values = [keras.ops.convert_to_numpy(each.variable.value) for each in self._chosen]
+            values = [keras.ops.convert_to_numpy(each.variable.value) for each in self.chosen]
             logs["clusters"] = float(max(len(np.unique(value)) for value in values))
 
     def on_train_end(self, logs: dict | None = None) -> None:

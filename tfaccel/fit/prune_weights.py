@@ -146,11 +146,7 @@ class PruneWeights(keras.callbacks.Callback):
                 raise refuse("sparsity", value, "a fraction, 0 ≤ sparsity < 1", "Four fifths are 0.8.")
         if self.threshold is not None and not is_number(self.threshold, 0):
             raise refuse("threshold", self.threshold, "a number ≥ 0", "Try 1e-3.")
-        if self.threshold is not None and self.importance != "magnitude":
-            raise refuse(
-                "importance", self.importance, "'magnitude' with a threshold", "A threshold is one of |w|."
-            )
-        self._check_schedule()
+        self._check_importance()
         alone = {"threshold": self.threshold is not None, "an m:n pattern": self._group is not None}
         for name, given in alone.items():
             if given and self.scope == "global":
@@ -165,7 +161,11 @@ class PruneWeights(keras.callbacks.Callback):
                 "Pass a list, or leave scope out.",
             )
 
-    def _check_schedule(self) -> None:
+    def _check_importance(self) -> None:
+        if self.threshold is not None and self.importance != "magnitude":
+            raise refuse(
+                "importance", self.importance, "'magnitude' with a threshold", "A threshold is one of |w|."
+            )
         schedule = self.schedule
         if not isinstance(schedule, PruningSchedule):
             return
@@ -200,12 +200,12 @@ class PruneWeights(keras.callbacks.Callback):
         check_early_stopping(self, self.settled_epoch)
         self.choices = choose_weights(self.model, self.layers, self._target())
         self.choices = [self._pattern.fit(each, asked_for=self.layers is not None) for each in self.choices]
-        self._chosen = [each for each in self.choices if not each.skipped and self._touches(each)]
+        self.chosen = [each for each in self.choices if not each.skipped and self._touches(each)]
         check_some(self.model, self.choices, "prune")
-        if not self._chosen:
+        if not self.chosen:
             return
         check_apart(self)
-        check_finite(self._chosen)
+        check_finite(self.chosen)
 
     def _target(self) -> float:
         return self.sparsity or (self._group[0] / self._group[1] if self._group else 0.0)
@@ -217,7 +217,7 @@ class PruneWeights(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Attaches in the first epoch, whose number is not 0 where a run is resumed."""
-        if self._updates is not None or not self._chosen:
+        if self._updates is not None or not self.chosen:
             return
         per_epoch = updates_per_epoch(self)
         done = round(per_epoch * epoch)
@@ -225,7 +225,7 @@ class PruneWeights(keras.callbacks.Callback):
             self._plan, done = plan(self.schedule, per_epoch, self.params["epochs"] - epoch), 0
             self.settled_epoch = epoch + max(math.ceil(self._plan.end / per_epoch) - 1, 0)
         with self.model.distribute_strategy.scope():
-            weights = [Pruned(each, self.importance, self._initial(each, done)) for each in self._chosen]
+            weights = [Pruned(each, self.importance, self._initial(each, done)) for each in self.chosen]
         self._updates_before = updates_done(self.model.optimizer)
         start = self._updates_before - done
         self._masks = Masks(self.model, weights, self._pattern, self._plan, start)
@@ -240,7 +240,7 @@ class PruneWeights(keras.callbacks.Callback):
         if last < 0 or self._plan.progress is None:
             return True
         expected = self._target() * float(self._plan.progress(last))
-        return share_of_zeros(self._chosen) >= expected / 2
+        return share_of_zeros(self.chosen) >= expected / 2
 
     def _initial(self, choice: Choice, done: int) -> float:
         """The sparsity that a weight began with: its own share of zeros, or that of all together.
@@ -250,7 +250,7 @@ class PruneWeights(keras.callbacks.Callback):
         given = getattr(self.schedule, "initial_sparsity", None)
         if given is not None:
             return float(given)
-        share = share_of_zeros(self._chosen if self.scope == "global" else [choice])
+        share = share_of_zeros(self.chosen if self.scope == "global" else [choice])
         last = self._plan.last_due(done) if done else -1
         if self._plan.progress is None or last < 0:
             return share if share < 1 else 0.0
@@ -264,8 +264,8 @@ class PruneWeights(keras.callbacks.Callback):
         if self._updates_before is not None:
             check_updates(self, self._updates_before)
             self._updates_before = None
-        if logs is not None and self._chosen:
-            logs["sparsity"] = share_of_zeros(self._chosen)
+        if logs is not None and self.chosen:
+            logs["sparsity"] = share_of_zeros(self.chosen)
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Holds the masks once more, for weights that were put back, and makes the model a plain one."""

@@ -161,9 +161,9 @@ class QuantizeAware(keras.callbacks.Callback):
             allowed = f"an epoch of this fit, 0 to {self.params['epochs'] - 1}"
             raise refuse("freeze_norms_epoch", self.freeze_norms_epoch, allowed, "Train longer, or earlier.")
         self.choices = choose_weights(self.model, self.layers, self.bits, spared=("embedding",))
-        self._chosen = [each for each in self.choices if not each.skipped and each.amount]
+        self.chosen = [each for each in self.choices if not each.skipped and each.amount]
         check_some(self.model, self.choices, "quantize")
-        check_finite(self._chosen)
+        check_finite(self.chosen)
         if self.activation_bits is not None:
             self._activations = self._find_activations(self.activation_bits)
 
@@ -189,15 +189,15 @@ class QuantizeAware(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Starts, and freezes, in the first epoch that is not before theirs."""
         self._has_begun = True
-        if self._attachment is None and epoch >= self.begin_epoch and (self._chosen or self._activations):
+        if self._attachment is None and epoch >= self.begin_epoch and (self.chosen or self._activations):
             shared = self._shared()
             self._weights = [
                 RoundedWeight(each, self._bits(each), shared=id(each.variable) in shared)
-                for each in self._chosen
+                for each in self.chosen
             ]
             # A recurrent layer hands its cell's weights to a kernel for the whole sequence, and a tied weight
             # is read by a layer that it does not belong to; a `train_step` may call layers by themselves.
-            layers = {id(each.layer): each.layer for each in self._chosen} | {id(self.model): self.model}
+            layers = {id(each.layer): each.layer for each in self.chosen} | {id(self.model): self.model}
             undo = [each.restore for each in self._weights]
             undo += [read_rounded(layer) for layer in layers.values()]
             if self._activations is not None:
@@ -235,7 +235,7 @@ class QuantizeAware(keras.callbacks.Callback):
         """
         clustering = [each for each in siblings(self) if isinstance(each, ClusterWeights)]
         shared = {id(variable) for each in clustering for variable in each.shared_by_channels()}
-        able = [each for each in self._chosen if isinstance(each.layer, ONE_GRID) and self._bits(each) >= 8]
+        able = [each for each in self.chosen if isinstance(each.layer, ONE_GRID) and self._bits(each) >= 8]
         return shared & {id(each.variable) for each in able}
 
     def on_train_end(self, logs: dict | None = None) -> None:
@@ -243,7 +243,7 @@ class QuantizeAware(keras.callbacks.Callback):
         for attachment in (self._frozen, self._attachment):
             if attachment is not None:
                 attachment.detach()
-        if not self._has_begun and self._chosen:
+        if not self._has_begun and self.chosen:
             self._weights = self._resumed_at_the_end()
         for each in self._weights:
             each.settle()
@@ -261,7 +261,7 @@ class QuantizeAware(keras.callbacks.Callback):
                 "activations. Pass calibration= to export_tflite, or train for another epoch.",
                 stacklevel=2,
             )
-        weights = [RoundedWeight(each, self._bits(each)) for each in self._chosen]
+        weights = [RoundedWeight(each, self._bits(each)) for each in self.chosen]
         for each in weights:
             each.restore()
         return weights
