@@ -76,8 +76,8 @@ def test_public_signatures_have_type_hints(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    environment = {"keras": keras, "np": np, "tf": tf, "tfaccel": tfaccel, **OBJECTS}
-    finder = doctest.DocTestFinder(recurse=False)
+    environment = {"keras": keras, "np": np, "tf": tf, "tfaccel": tfaccel}
+    finder = doctest.DocTestFinder()
     tests = finder.find(OBJECTS[name], name, globs=environment)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for test in tests:

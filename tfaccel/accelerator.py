@@ -63,7 +63,7 @@ class Accelerator:
         ValueError: Unknown name, or a choice that this machine can't carry out.
 
     Example:
-        >>> accelerator = Accelerator("one_device", "float32")
+        >>> accelerator = tfaccel.Accelerator("one_device", "float32")
         >>> with accelerator.scope():
         ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
         ...     model.compile("adam", "mse", **accelerator.compile_options())
@@ -191,7 +191,7 @@ class Accelerator:
             >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
             >>> model.compile("adam", "mse")
             >>> history = model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)
-            >>> model = Accelerator("one_device", "float32").adopt(model)
+            >>> model = tfaccel.Accelerator("one_device", "float32").adopt(model)
             >>> history = model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)
         """
         with self.scope():
@@ -218,7 +218,7 @@ class Accelerator:
                 configuration.
 
         Example:
-            >>> accelerator = Accelerator("one_device", "float32")
+            >>> accelerator = tfaccel.Accelerator("one_device", "float32")
             >>> with accelerator.scope():
             ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
             ...     model.compile("adam", "mse")

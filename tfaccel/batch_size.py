@@ -63,7 +63,7 @@ class BatchSizes:
     Example:
         >>> from tfaccel.batch_size import BatchSizeRow
         >>> rows = (BatchSizeRow(32, 1.0, 10**6), BatchSizeRow(64, 1.2, 10**6), BatchSizeRow(128, 2.4, 10**7))
-        >>> sizes = BatchSizes(rows, "the budget was spent")
+        >>> sizes = tfaccel.BatchSizes(rows, "the budget was spent")
         >>> sizes.fastest, sizes.largest
         (64, 128)
     """

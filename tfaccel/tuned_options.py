@@ -38,7 +38,7 @@ class TunedOptions:
         >>> from tfaccel.prepare.candidates import Candidate, TrialRow
         >>> fused = Candidate(kernels="fused", steps_per_execution="auto")
         >>> rows = (TrialRow(Candidate(), 1.2, 0.5, 12.5), TrialRow(fused, 0.3, 1.0, 4.0))
-        >>> tuned = TunedOptions(fused, rows, 10, 1000, 5.0, "1 × CPU")
+        >>> tuned = tfaccel.TunedOptions(fused, rows, 10, 1000, 5.0, "1 × CPU")
         >>> tuned.speedup
         4.0
         >>> accelerator = tfaccel.Accelerator("one_device", tuned=tuned)

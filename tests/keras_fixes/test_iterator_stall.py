@@ -84,7 +84,7 @@ def lost(data):
     for _ in range(20):
         begun = time.perf_counter()
         iterator = iter(data)
-        train(iterator, tf.constant(500))
+        train(iterator, tf.constant(250))
         lived = time.perf_counter() - begun
         del iterator
         waits += time.perf_counter() - begun > 1.4 * lived

@@ -45,7 +45,7 @@ class Latency:
             where the system does not tell.
 
     Example:
-        >>> print(Latency(median_ms=0.049, p90_ms=0.055, runs=200, num_threads=1, size_bytes=99000))
+        >>> print(tfaccel.Latency(median_ms=0.049, p90_ms=0.055, runs=200, num_threads=1, size_bytes=99000))
         0.049 ms median, 0.055 ms p90 over 200 runs on 1 thread, 99,000 bytes
     """
 

@@ -31,7 +31,7 @@ class Parity:
         outputs: The same figures for each output, by its name, where there are several.
 
     Example:
-        >>> print(Parity(0.0123, 38.2, top1_agreement=0.995, mean_abs_error=0.0021))
+        >>> print(tfaccel.Parity(0.0123, 38.2, top1_agreement=0.995, mean_abs_error=0.0021))
         max |error| 0.0123, mean 0.0021, SQNR 38.2 dB, top-1 agreement 99.50 %
     """
 

@@ -59,8 +59,8 @@ class LayerReport:
         samples: How many samples they were measured on.
 
     Example:
-        >>> row = LayerRow("dense", ("FULLY_CONNECTED",), 24, sqnr_db=38.2, added_noise=1.5e-4)
-        >>> print(LayerReport((row,), samples=64))
+        >>> row = tfaccel.LayerRow("dense", ("FULLY_CONNECTED",), 24, sqnr_db=38.2, added_noise=1.5e-4)
+        >>> print(tfaccel.LayerReport((row,), samples=64))
         layer  added noise  SQNR behind it  weights  computes
         dense      0.00015         38.2 dB       24  FULLY_CONNECTED
     """

@@ -30,7 +30,7 @@ class Score:
         name: `"accuracy"`, `"R²"`, or `"score"` where the user's function did it.
 
     Example:
-        >>> print(Score(model=0.91, file=0.905, samples=1000, name="accuracy"))
+        >>> print(tfaccel.Score(model=0.91, file=0.905, samples=1000, name="accuracy"))
         accuracy 0.9100 (model) → 0.9050 (file) on 1000 samples
     """
 

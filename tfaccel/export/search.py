@@ -94,7 +94,7 @@ class AutoRecipe:
         ValueError: A bad argument.
 
     Example:
-        >>> AutoRecipe("latency", budget_s=60).minimize
+        >>> tfaccel.AutoRecipe("latency", budget_s=60).minimize
         'latency'
     """
 

@@ -55,8 +55,8 @@ class CompressionReport:
         rows: One for each weight.
 
     Example:
-        >>> row = CompressionRow("dense/kernel", (8, 4), 0.5, 17, 5, 128, 91)
-        >>> print(CompressionReport((row,)))
+        >>> row = tfaccel.CompressionRow("dense/kernel", (8, 4), 0.5, 17, 5, 128, 91)
+        >>> print(tfaccel.CompressionReport((row,)))
         weight        shape  zeros  values  bits  bytes  zipped  left alone
         dense/kernel  8×4    50.0%      17     5    128      91
         all                  50.0%                  128      91  1.4 times smaller zipped

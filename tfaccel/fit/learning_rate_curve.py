@@ -34,7 +34,7 @@ class LearningRateCurve:
     Example:
         >>> rates = np.geomspace(1e-5, 1, 60)
         >>> losses = 2.3 - 2 / (1 + (1e-2 / rates) ** 2) + rates**2
-        >>> curve = LearningRateCurve(rates, losses, losses, diverged=False)
+        >>> curve = tfaccel.LearningRateCurve(rates, losses, losses, diverged=False)
         >>> 1e-3 < curve.valley < 1e-1
         True
     """

@@ -64,7 +64,7 @@ class ProfileReport:
     Example:
         >>> from tfaccel.fit.profile_report import ProfileRow
         >>> row = ProfileRow(3.0, 6.0, 0.5, 0.5, 0.0, 0.0, 32_000, 1000)
-        >>> report = ProfileReport((row,), ("first step",), source="tf.data")
+        >>> report = tfaccel.ProfileReport((row,), ("first step",), source="tf.data")
         >>> report.share("input")
         0.6
         >>> report.advice
@@ -131,7 +131,7 @@ class ProfileReport:
             times = f"traced {self._times()}, " if self.traces else ""
             return (
                 f"{share} of the time is tracing and compiling ({of_all}; {times}last for {cause}): a longer "
-                "run makes up for it, and so may jit=False."
+                "run makes up for it, and so may jit=False where XLA compiles."
             )
         remedy = (
             "build and compile the model in an Accelerator's scope, or pass steps_per_execution to compile"

@@ -53,8 +53,8 @@ class SensitivityReport:
         rows: One for each weight and amount.
 
     Example:
-        >>> row = SensitivityRow("dense/kernel", "sparsity", 0.5, 0.88)
-        >>> print(SensitivityReport(0.91, "accuracy", (row,)))
+        >>> row = tfaccel.SensitivityRow("dense/kernel", "sparsity", 0.5, 0.88)
+        >>> print(tfaccel.SensitivityReport(0.91, "accuracy", (row,)))
         accuracy, 0.9100 as it is
         sparsity         50%
         dense/kernel  0.8800

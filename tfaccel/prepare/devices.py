@@ -45,7 +45,7 @@ class Devices:
         tpu_environment: The signs of a TPU that were found, e.g. `("TPU_NAME",)`; empty elsewhere.
 
     Example:
-        >>> devices = Devices.find()
+        >>> devices = tfaccel.Devices.find()
         >>> devices.kind in ("cpu", "gpu", "tpu") and devices.count >= 1
         True
     """

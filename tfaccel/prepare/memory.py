@@ -40,7 +40,7 @@ class MemoryEstimate:
         unknown: Names of operations whose sizes are not known before they run; they count as one row.
 
     Example:
-        >>> estimate = MemoryEstimate(32, 4_000_000, 8_000_000, 4_000_000, 84_000_000)
+        >>> estimate = tfaccel.MemoryEstimate(32, 4_000_000, 8_000_000, 4_000_000, 84_000_000)
         >>> estimate.total
         100000000
         >>> print(estimate)
