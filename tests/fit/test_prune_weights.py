@@ -14,7 +14,7 @@ from small_fits import Interrupt, fit_under, kernels
 
 import tfaccel
 from tfaccel.fit import _masks as masks
-from tfaccel.fit.prune_weights import parse_pattern
+from tfaccel.fit._pruning import parse_pattern
 from tfaccel.fit.sparsity_schedule import is_mask_step, plan, polynomial_progress
 
 fit = functools.partial(small_fits.fit, epochs=3)

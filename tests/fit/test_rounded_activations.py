@@ -13,6 +13,7 @@ from tfaccel.export.interpreter import TFLiteRunner
 from tfaccel.export.rounded_tensors import find_rounded_tensors
 from tfaccel.export.samples import Samples
 from tfaccel.fit import _activations as activations
+from tfaccel.fit._kept_rows import KeptRows
 from tfaccel.learned_ranges import recall
 
 L = keras.layers
@@ -333,7 +334,7 @@ def test_the_rows_that_are_remembered_are_training_data(helpers, small):
 
 
 def test_a_few_steps_and_wide_rows_keep_fewer(helpers):
-    kept = activations._KeptRows([tf.TensorSpec([None, 2**19]), tf.TensorSpec([None], "int32")])
+    kept = KeptRows([tf.TensorSpec([None, 2**19]), tf.TensorSpec([None], "int32")])
     assert [each.shape for each in kept._rows] == [(15, 2**19), (15,)]
     assert kept.rows() == ()
     kept.keep([tf.ones([1, 2**19]), tf.constant([7])])

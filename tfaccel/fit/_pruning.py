@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfaccel.errors import refuse
 from tfaccel.fit import _masks as masks
 from tfaccel.fit._choice import Choice
 from tfaccel.fit._layout import Layout
@@ -26,6 +28,29 @@ from tfaccel.fit._run import updates_with_this_one
 from tfaccel.fit._state import beside
 from tfaccel.fit._weights import own_constraint
 from tfaccel.fit.sparsity_schedule import Plan
+
+PATTERNS = "'unstructured', m zeros of n as '2:4', or blocks of inputs × outputs as '4x1'"
+
+
+def parse_pattern(pattern: str) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """What a pattern's name says: (m, n) or None, and (inputs, outputs) of a block or None.
+
+    Raises:
+        ValueError: It says nothing that is known, or m ≥ n.
+    """
+    if pattern == "unstructured":
+        return None, None
+    found = re.fullmatch(r"(\d+)([:x])(\d+)", pattern) if isinstance(pattern, str) else None
+    if found is None:
+        raise refuse("pattern", pattern, PATTERNS, "Take 'unstructured'.")
+    first, second = int(found[1]), int(found[3])
+    if found[2] == ":":
+        if not 0 < first < second <= 64:
+            raise refuse("pattern", pattern, "m:n with 0 < m < n ≤ 64", "'2:4' sets two of four to zero.")
+        return (first, second), None
+    if first * second < 2:
+        raise refuse("pattern", pattern, "blocks of two weights or more", "Take 'unstructured'.")
+    return None, (first, second)
 
 
 class Pattern:

@@ -11,7 +11,6 @@ made, a hundred times a run (`benchmarks/compression_overhead.py`); one byte of 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from tfaccel.fit._choice import (
     choose_weights,
     skipped_weights,
 )
-from tfaccel.fit._pruning import Masks, Pattern, Pruned
+from tfaccel.fit._pruning import Masks, Pattern, Pruned, parse_pattern
 from tfaccel.fit._run import (
     check_apart,
     check_early_stopping,
@@ -44,7 +43,6 @@ from tfaccel.fit.sparsity_schedule import KINDS, PruningSchedule, plan
 from tfaccel.keras_fixes.whole_executions import check_whole_executions
 
 IMPORTANCES = ("magnitude", "movement", "gradient")
-PATTERNS = "'unstructured', m zeros of n as '2:4', or blocks of inputs × outputs as '4x1'"
 
 
 class PruneWeights(keras.callbacks.Callback):
@@ -290,27 +288,6 @@ class PruneWeights(keras.callbacks.Callback):
             if value is not None and value != fresh.get(name) and (name, value) != ("importance", "magnitude")
         ]
         return f"PruneWeights({', '.join(given)})"
-
-
-def parse_pattern(pattern: str) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """What a pattern's name says: (m, n) or None, and (inputs, outputs) of a block or None.
-
-    Raises:
-        ValueError: It says nothing that is known, or m ≥ n.
-    """
-    if pattern == "unstructured":
-        return None, None
-    found = re.fullmatch(r"(\d+)([:x])(\d+)", pattern) if isinstance(pattern, str) else None
-    if found is None:
-        raise refuse("pattern", pattern, PATTERNS, "Take 'unstructured'.")
-    first, second = int(found[1]), int(found[3])
-    if found[2] == ":":
-        if not 0 < first < second <= 64:
-            raise refuse("pattern", pattern, "m:n with 0 < m < n ≤ 64", "'2:4' sets two of four to zero.")
-        return (first, second), None
-    if first * second < 2:
-        raise refuse("pattern", pattern, "blocks of two weights or more", "Take 'unstructured'.")
-    return None, (first, second)
 
 
 def share_of_zeros(choices: Sequence[Choice]) -> float:
