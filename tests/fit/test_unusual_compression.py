@@ -1,5 +1,6 @@
 """Pruning, clustering and rounding of models and fits that are put together in unusual ways."""
 
+import re
 import warnings
 
 import keras
@@ -31,6 +32,14 @@ def data():
 
 def fit(model, data, *callbacks, epochs=4, **options):
     return model.fit(*data, epochs=epochs, shuffle=False, verbose=0, callbacks=list(callbacks), **options)
+
+
+def warnings_of(run):
+    """What it warned of; NumPy's deprecations, which Keras meets, are among it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return "\n".join(str(each.message) for each in caught)
 
 
 def zeros(weight):
@@ -318,6 +327,12 @@ class TestRuns:
         assert history["sparsity"][0] < 0.6  # not all at once
         assert history["sparsity"][-1] == pytest.approx(0.8, abs=0.01)
 
+    def test_a_training_that_is_stopped_early_is_told(self, data):
+        stop = keras.callbacks.LambdaCallback()
+        stop.on_epoch_end = lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 1)
+        told = warnings_of(lambda: fit(net(), data, stop, tfaccel.PruneWeights(0.8), epochs=10))
+        assert re.search(r"ended after 16 updates, .* at 56: \d+% .*start_from_epoch=6", told)
+
     def test_a_run_that_is_resumed_behind_its_last_epoch(self, data, tmp_path):
         class Stop(keras.callbacks.Callback):
             def on_train_end(self, logs=None):
@@ -329,11 +344,7 @@ class TestRuns:
         with pytest.raises(KeyboardInterrupt):
             fit(net(), data, Stop(), backup(), tfaccel.QuantizeAware(4))
         model = net()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            history = fit(model, data, tfaccel.QuantizeAware(4), backup()).history
-        assert any("no epoch left" in str(each.message) for each in caught)
-        assert not history.get("loss")
+        assert "no epoch left" in warnings_of(lambda: fit(model, data, tfaccel.QuantizeAware(4), backup()))
         assert off_grid(model.get_layer("b").kernel, 4) < 1e-3
 
     def test_bfloat16_weights(self):

@@ -11,6 +11,7 @@ made, a hundred times a run (`benchmarks/compression_overhead.py`); one byte of 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -268,11 +269,22 @@ class PruneWeights(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:
         """Holds the masks once more, for weights that were put back, and makes the model a plain one."""
         if self._updates is not None:
+            self._warn_if_cut_short()
             self._masks.in_steps = False
             self._updates.reapply()
             self._updates.detach()
             self._updates = None
         self.report = compression_report(self.model, skipped=skipped_weights(self.model, self.choices))
+
+    def _warn_if_cut_short(self) -> None:
+        done = updates_done(self.model.optimizer) - self._masks.start
+        if done < self._plan.end:
+            warnings.warn(
+                f"The training ended after {done} updates, before the schedule of PruneWeights did, at "
+                f"{self._plan.end}: {share_of_zeros(self.chosen):.0%} of the weights are zero. Pass "
+                f"start_from_epoch={self.settled_epoch} to EarlyStopping, or a schedule with an earlier end.",
+                stacklevel=2,
+            )
 
     def get_config(self) -> dict[str, Any]:
         """The arguments."""
