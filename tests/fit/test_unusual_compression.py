@@ -354,6 +354,24 @@ class TestRuns:
         fit(model, (np.ones((32, 16)), np.ones((32, 4))), tfaccel.QuantizeAware(), epochs=1)
         assert recall(model, 8) is not None
 
+    @pytest.mark.parametrize("callback", [tfaccel.PruneWeights(0.9), tfaccel.QuantizeAware(2, None)])
+    def test_what_an_interrupted_fit_left_is_not_seen_by_a_part_of_the_model(self, data, callback):
+        class Stop(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                raise KeyboardInterrupt
+
+        inner, twin = net(), net()
+        outer = keras.Sequential([keras.Input((16,)), inner])
+        outer.compile("adam", "mse")
+        with pytest.raises(KeyboardInterrupt):
+            fit(outer, data, callback, Stop())
+        twin.set_weights(inner.get_weights())
+        for model in (inner, twin):
+            model.compile(keras.optimizers.SGD(0.01), "mse")
+            fit(model, data, epochs=1)
+        for expected, got in zip(twin.get_weights(), inner.get_weights(), strict=True):
+            np.testing.assert_array_equal(expected, got)
+
     def test_what_an_interrupted_fit_left_is_not_exported(self, data, tmp_path):
         class Stop(keras.callbacks.Callback):
             def on_epoch_end(self, epoch, logs=None):
@@ -366,6 +384,10 @@ class TestRuns:
         exact.set_weights(model.get_weights())
         expected = exact.predict(data[0], verbose=0)
         np.testing.assert_allclose(tfaccel.predictor(model)(data[0]), expected, atol=1e-5)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, data, tfaccel.QuantizeAware(2, None), Stop())
+        exact.set_weights(model.get_weights())
+        np.testing.assert_allclose(model(data[0]), exact(data[0]), atol=1e-5)
         with pytest.raises(KeyboardInterrupt):
             fit(model, data, tfaccel.QuantizeAware(2, None), Stop())
         exact.set_weights(model.get_weights())

@@ -50,7 +50,7 @@ class WeightUpdates:
         for variable, update in self.updates:
             if not isinstance(variable.constraint, _Chain):
                 variable.constraint = _Chain(variable.constraint)
-            variable.constraint.updates.append(update)
+            variable.constraint.updates.append((update, self))
         self._attachment = Attachment(self.model, self._remove)
         self.reapply()
 
@@ -64,6 +64,11 @@ class WeightUpdates:
             value = own(variable) if own is not None else keras.ops.convert_to_tensor(variable)
             variable.assign(update(value))
 
+    @property
+    def is_left_over(self) -> bool:
+        """Whether they were attached in a `fit` that was interrupted, and stand on weights for nothing."""
+        return self._attachment is not None and self._attachment.is_left_over
+
     def detach(self) -> None:
         """Gives the variables their own constraints back; their values stay."""
         if self._attachment is not None:
@@ -72,7 +77,7 @@ class WeightUpdates:
     def _remove(self) -> None:
         for variable, update in self.updates:
             chain = variable.constraint
-            chain.updates.remove(update)
+            chain.updates.remove((update, self))
             if not chain.updates:
                 variable.constraint = chain.own
 
@@ -84,14 +89,18 @@ def own_constraint(variable: keras.Variable) -> Callable | None:
 
 
 class _Chain(keras.constraints.Constraint):
-    """The user's constraint, then each update in the order in which they were attached."""
+    """The user's constraint, then each update in the order in which they were attached.
+
+    Where a `fit` was interrupted, another model with the same weights may come first: it is not updated so.
+    """
 
     def __init__(self, own: Callable | None):
         self.own = own
-        self.updates: list[Update] = []
+        self.updates: list[tuple[Update, WeightUpdates]] = []
 
     def __call__(self, weight: Any) -> Any:
         value = self.own(weight) if self.own is not None else keras.ops.convert_to_tensor(weight)
-        for update in self.updates:
-            value = update(value)
+        for update, whose in self.updates:
+            if not whose.is_left_over:
+                value = update(value)
         return value

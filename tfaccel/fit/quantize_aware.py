@@ -202,10 +202,22 @@ class QuantizeAware(keras.callbacks.Callback):
             undo += [read_rounded(layer) for layer in layers.values()]
             if self._activations is not None:
                 undo.append(self._activations.attach())
+            undo += [wrap_call(layer, self._unless_left_over(layer)) for layer in layers.values()]
             self._attachment = self._attach(undo)
         if self._frozen is None and self.freeze_norms_epoch is not None and epoch >= self.freeze_norms_epoch:
             norms = [each for each in inner_layers(self.model) if hasattr(each, "moving_variance")]
             self._frozen = self._attach([wrap_call(layer, _at_inference) for layer in norms])
+
+    def _unless_left_over(self, layer: keras.layers.Layer) -> Callable[..., Any]:
+        """Lets whoever calls a layer behind an interrupted fit, by whatever way, find it as it was."""
+
+        def call_guarded(call: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._attachment is None or not self._attachment.is_left_over:
+                return call(*args, **kwargs)
+            detach_leftovers(self.model)
+            return layer.call(*args, **kwargs)
+
+        return call_guarded
 
     def _attach(self, undo: list[Callable[[], None]]) -> Attachment:
         """Traces everything anew, now and when it comes off."""
