@@ -4,7 +4,7 @@ When an iterator of `tf.data` goes, TensorFlow waits for the thread that tunes i
 up ever more rarely, at last once a minute; to be woken it is told that it is over, but a moment before it can
 see that it is (`CancellationManager::StartCancelWithStatus` calls first and sets `is_cancelled_` then). Where
 it wakes faster than that, it sleeps on, until twice the time that the iterator has lived, or a minute. On one
-core that is so in nearly every epoch, on two in about half of them, with several devices often.
+core that is so in nearly every epoch, on two cores that are busy in some, with several devices often.
 
 Smallest reproduction (TensorFlow 2.21, one core, `taskset -c 0`; an epoch of 2.7 s takes 5.1):
 
