@@ -1,8 +1,8 @@
 """What pruning, clustering, rounding and all of them cost in accuracy, and bring in size, on trained nets of
 CIFAR-10 and Fashion-MNIST.
 
-Claim: four fifths of a net's weights can go for a few tenths of a point; zipped, it is several times smaller,
-and with shared values and int8 on top of that twenty times.
+Claim: with a teacher four fifths of a net's weights can go for a few tenths of a point; zipped, it is several
+times smaller, and with shared values and int8 on top of that twenty times.
 
     python benchmarks/compression_accuracy.py --models residual --rows plain prune-0.8 chain-0.9 --seeds 1
 
