@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfaccel.export.conversion import convert_model
+from tfaccel.export.conversion import Converted, convert_model
 from tfaccel.export.interpreter import open_with_all_tensors
 from tfaccel.export.operations import calls_replaced
 from tfaccel.export.quantization import measure_ranges, quantize
@@ -61,7 +61,7 @@ def find_rounded_tensors(model: keras.Model, bits: int, input_signature: Any = N
     values = _shaken(model)
     file = convert_model(model, input_signature, fixed_ranges=True, values=values)
     serving = ServingFunction(model, input_signature, batch_size=file.batch_size)
-    made_up = make_up_samples(serving.specs, serving.batch_size or _rows(file.content)).inputs
+    made_up = make_up_samples(serving.specs, serving.batch_size or _rows(file)).inputs
     floats = [np.issubdtype(array.dtype, np.floating) for array in made_up]
     samples = Samples(tuple(WIDER * a if real else a for a, real in zip(made_up, floats, strict=True)))
     names = [spec.name for spec in serving.specs]
@@ -84,10 +84,11 @@ def find_rounded_tensors(model: keras.Model, bits: int, input_signature: Any = N
     return FileRounding(found, [each.kind for each in file.operations], serving.specs)
 
 
-def _rows(content: bytes) -> int:
+def _rows(file: Converted) -> int:
     """How many rows are looked at: all values of all of them are in memory, several times."""
-    details = open_with_all_tensors(content).get_tensor_details()
-    row = sum(4 * math.prod(each["shape"].tolist()) for each in details)
+    made = {name for each in file.operations for name in each.outputs}
+    details = open_with_all_tensors(file.content).get_tensor_details()
+    row = sum(4 * math.prod(each["shape"].tolist()) for each in details if each["name"] in made)
     return int(np.clip(MOST_BYTES // max(row, 1), FEWEST_ROWS, ROWS))
 
 

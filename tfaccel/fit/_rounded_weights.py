@@ -12,6 +12,7 @@ import tensorflow as tf
 from tfaccel.fit._calls import wrap_call
 from tfaccel.fit._choice import Choice
 from tfaccel.fit._layout import channel_axes
+from tfaccel.keras_fixes.straight_through import straight_through
 
 
 def on_grid(values: Any, bits: int, axes: list[int]) -> Any:
@@ -27,19 +28,6 @@ def on_grid(values: Any, bits: int, axes: list[int]) -> Any:
     largest = tf.reduce_max(tf.abs(whole), axis=others, keepdims=True)
     scale = tf.maximum(largest, 1e-12) / (2 ** (bits - 1) - 1)
     return tf.cast(tf.round(whole / scale) * scale, values.dtype)
-
-
-def _straight_through(exact: Any, bits: int, axes: list[int]) -> Any:
-    """`on_grid`, with the gradient of the exact values.
-
-    `exact + stop_gradient(rounded - exact)` says the same in two more passes over the weights.
-    """
-
-    @tf.custom_gradient
-    def rounded(exact: Any) -> Any:
-        return on_grid(exact, bits, axes), lambda upstream: upstream
-
-    return rounded(exact)
 
 
 class _Reading(threading.local):
@@ -74,7 +62,8 @@ class RoundedWeight:
                 exact = plain.value.fget(self)
                 if not _reading.depth:
                     return exact
-                return _straight_through(tf.convert_to_tensor(exact), bits, axes)
+                exact = tf.convert_to_tensor(exact)
+                return straight_through(on_grid(exact, bits, axes), exact)
 
         RoundedVariable.__name__ = plain.__name__
         choice.variable.__class__ = RoundedVariable
