@@ -411,6 +411,9 @@ def test_a_file_that_disagrees_is_refused():
     assert problem("int8", 11.0) == ""
     assert problem("int8", 3.0, 0.1, tfaccel.Score(0.9, 0.85)) == ""  # judged by the score
     assert "fell by" in problem("int8", 30.0, 0.1, tfaccel.Score(0.9, 0.7))
+    assert 0.838 - 0.833 > 0.005  # in floats
+    assert problem("int8", 30.0, 0.005, tfaccel.Score(0.838, 0.833)) == ""
+    assert "fell by" in problem("int8", 30.0, 0.005, tfaccel.Score(0.838, 0.832))
     assert "does not agree" in problem("float32", 3.0, 0.1, tfaccel.Score(0.9, 0.9))
 
 
