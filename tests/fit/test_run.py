@@ -68,6 +68,7 @@ def test_accumulation_over_more_than_an_epoch_is_no_reason(helpers, small):
     assert history["sparsity"][-1] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:The training ended after 0 updates")  # which PruneWeights tells
 @pytest.mark.parametrize("callback", [tfaccel.OneCycle(1e-2), tfaccel.PruneWeights(0.5)])
 def test_a_fit_that_is_stopped_before_its_first_update_is_no_reason(helpers, small, callback):
     class Stop(keras.callbacks.Callback):
