@@ -10,6 +10,14 @@ def kernels(model):
     return [np.asarray(v) for v in model.trainable_variables if len(v.shape) > 1]
 
 
+def off_grid(kernel, bits, axis=-1):
+    """How far a kernel is from a grid of each output channel, in steps."""
+    columns = np.moveaxis(np.asarray(kernel), axis, -1)
+    columns = columns.reshape(-1, columns.shape[-1])
+    steps = np.maximum(np.abs(columns).max(0) / (2 ** (bits - 1) - 1), 1e-12)
+    return float(np.abs(columns / steps - np.round(columns / steps)).max())
+
+
 def fit(helpers, small, callbacks=(), optimizer=None, kind="sequential", epochs=2, data=None, **options):
     """The model and its history; on `data` where it is given, which has batches already."""
     model = helpers.compile(helpers.build(kind), optimizer, **options)

@@ -5,18 +5,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from distribution_cells import mirrored
-from small_fits import Interrupt, fit, fit_under, kernels
+from small_fits import Interrupt, fit, fit_under, kernels, off_grid
 
 import tfaccel
 from tfaccel.export.interpreter import open_with_all_tensors
 from tfaccel.fit._rounded_weights import on_grid
-
-
-def off_grid(kernel, bits):
-    """How far a kernel is from a grid of each output channel, in steps."""
-    columns = kernel.reshape(-1, kernel.shape[-1])
-    steps = np.abs(columns).max(0) / (2 ** (bits - 1) - 1)
-    return float(np.abs(columns / steps - np.round(columns / steps)).max())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

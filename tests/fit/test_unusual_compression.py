@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from small_fits import Interrupt, off_grid
 
 import tfaccel
 from tfaccel.fit._choice import choose_weights
@@ -49,14 +50,6 @@ def zeros(weight):
 def short(variable):
     """The layer's name and the weight's."""
     return "/".join(variable.path.split("/")[-2:])
-
-
-def off_grid(kernel, bits, axis=-1):
-    """How far a kernel is from a grid of each output channel, in steps."""
-    columns = np.moveaxis(np.asarray(kernel), axis, -1)
-    columns = columns.reshape(-1, columns.shape[-1])
-    steps = np.maximum(np.abs(columns).max(0) / (2 ** (bits - 1) - 1), 1e-12)
-    return float(np.abs(columns / steps - np.round(columns / steps)).max())
 
 
 class TestInputs:
@@ -356,15 +349,11 @@ class TestRuns:
 
     @pytest.mark.parametrize("callback", [tfaccel.PruneWeights(0.9), tfaccel.QuantizeAware(2, None)])
     def test_what_an_interrupted_fit_left_is_not_seen_by_a_part_of_the_model(self, data, callback):
-        class Stop(keras.callbacks.Callback):
-            def on_epoch_end(self, epoch, logs=None):
-                raise KeyboardInterrupt
-
         inner, twin = net(), net()
         outer = keras.Sequential([keras.Input((16,)), inner])
         outer.compile("adam", "mse")
         with pytest.raises(KeyboardInterrupt):
-            fit(outer, data, callback, Stop())
+            fit(outer, data, callback, Interrupt())
         twin.set_weights(inner.get_weights())
         for model in (inner, twin):
             model.compile(keras.optimizers.SGD(0.01), "mse")
@@ -373,23 +362,19 @@ class TestRuns:
             np.testing.assert_array_equal(expected, got)
 
     def test_what_an_interrupted_fit_left_is_not_exported(self, data, tmp_path):
-        class Stop(keras.callbacks.Callback):
-            def on_epoch_end(self, epoch, logs=None):
-                raise KeyboardInterrupt
-
         model = net()
         with pytest.raises(KeyboardInterrupt):
-            fit(model, data, tfaccel.QuantizeAware(2, None), Stop())
+            fit(model, data, tfaccel.QuantizeAware(2, None), Interrupt())
         exact = net()
         exact.set_weights(model.get_weights())
         expected = exact.predict(data[0], verbose=0)
         np.testing.assert_allclose(tfaccel.predictor(model)(data[0]), expected, atol=1e-5)
         with pytest.raises(KeyboardInterrupt):
-            fit(model, data, tfaccel.QuantizeAware(2, None), Stop())
+            fit(model, data, tfaccel.QuantizeAware(2, None), Interrupt())
         exact.set_weights(model.get_weights())
         np.testing.assert_allclose(model(data[0]), exact(data[0]), atol=1e-5)
         with pytest.raises(KeyboardInterrupt):
-            fit(model, data, tfaccel.QuantizeAware(2, None), Stop())
+            fit(model, data, tfaccel.QuantizeAware(2, None), Interrupt())
         exact.set_weights(model.get_weights())
         file = tfaccel.export_tflite(model, tmp_path / "m.tflite")
         parity = tfaccel.compare(exact, file.path, data[0])

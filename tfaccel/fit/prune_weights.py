@@ -193,9 +193,7 @@ class PruneWeights(keras.callbacks.Callback):
         self._updates, self.report = None, None
         check_whole_executions(self)
         check_order(self)
-        per_epoch = updates_per_epoch(self)
-        self._plan = plan(self.schedule, per_epoch, self.params["epochs"])
-        self.settled_epoch = max(math.ceil(self._plan.end / per_epoch) - 1, 0)
+        self._plan_from(0)
         check_early_stopping(self, self.settled_epoch)
         self.choices = choose_weights(self.model, self.layers, self._target())
         self.choices = [self._pattern.fit(each, asked_for=self.layers is not None) for each in self.choices]
@@ -205,6 +203,12 @@ class PruneWeights(keras.callbacks.Callback):
             return
         check_apart(self)
         check_finite(self.chosen)
+
+    def _plan_from(self, epoch: int) -> None:
+        """Lays the schedule out over the epochs from `epoch` on."""
+        per_epoch = updates_per_epoch(self)
+        self._plan = plan(self.schedule, per_epoch, self.params["epochs"] - epoch)
+        self.settled_epoch = epoch + max(math.ceil(self._plan.end / per_epoch) - 1, 0)
 
     def _target(self) -> float:
         return self.sparsity or (self._group[0] / self._group[1] if self._group else 0.0)
@@ -218,11 +222,10 @@ class PruneWeights(keras.callbacks.Callback):
         """Attaches in the first epoch, whose number is not 0 where a run is resumed."""
         if self._updates is not None or not self.chosen:
             return
-        per_epoch = updates_per_epoch(self)
-        done = round(per_epoch * epoch)
+        done = round(updates_per_epoch(self) * epoch)
         if done and not self._is_resumed(done):  # `fit(initial_epoch=)` alone begins a run
-            self._plan, done = plan(self.schedule, per_epoch, self.params["epochs"] - epoch), 0
-            self.settled_epoch = epoch + max(math.ceil(self._plan.end / per_epoch) - 1, 0)
+            self._plan_from(epoch)
+            done = 0
         with self.model.distribute_strategy.scope():
             weights = [Pruned(each, self.importance, self._initial(each, done)) for each in self.chosen]
         self._updates_before = updates_done(self.model.optimizer)
